@@ -1,0 +1,37 @@
+"""Lossless speculative sampling for Diffusion Transformers.
+
+``free.speculative_sample(model)`` draws samples with the law of the model's step-by-step sampler in far fewer rounds of
+sequential work.
+"""
+
+from free.drafters import Anchor, Drafter, HoldOutput, HoldX0, LastWindow, ModelDrafter, Situation, StepDrafter, as_drafter
+from free.process import ReverseProcess
+from free.sampling import NonFiniteOutputError, SamplingOutput, ancestral_sample, speculative_sample
+from free.statistics import SamplingStatistics
+from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
+from free.version import __version__
+
+
+__all__ = [
+    "Anchor",
+    "CallableTarget",
+    "DiTTarget",
+    "Drafter",
+    "HoldOutput",
+    "HoldX0",
+    "LastWindow",
+    "ModelDrafter",
+    "NonFiniteOutputError",
+    "ReverseProcess",
+    "SamplingOutput",
+    "SamplingStatistics",
+    "Situation",
+    "StepDrafter",
+    "Target",
+    "TargetOutput",
+    "__version__",
+    "ancestral_sample",
+    "as_drafter",
+    "as_target",
+    "speculative_sample",
+]

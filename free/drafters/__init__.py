@@ -1,0 +1,45 @@
+"""Cheap guesses of the target's next steps, behind one small interface; a new drafter is one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
+from free.drafters.hold import HoldOutput, HoldX0
+from free.drafters.model import ModelDrafter
+
+DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, HoldOutput.name: HoldOutput}
+"""The drafters that need no weights, by name."""
+
+__all__ = [
+    "DRAFTERS",
+    "Anchor",
+    "Drafter",
+    "HoldOutput",
+    "HoldX0",
+    "LastWindow",
+    "ModelDrafter",
+    "Situation",
+    "StepDrafter",
+    "as_drafter",
+]
+
+
+def as_drafter(drafter: Any) -> Drafter:
+    """The drafter that a name, a :class:`Drafter`, or a smaller model (anything :func:`free.as_target` takes) stands for.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: something that is none of these.
+    """
+    if isinstance(drafter, str):
+        if drafter not in DRAFTERS:
+            known = ", ".join(map(repr, DRAFTERS))
+            raise ValueError(f"drafter is {drafter!r}; known are {known}, or a Drafter, or a model")
+        return DRAFTERS[drafter]()
+    if isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, type) or not callable(drafter):
+        raise TypeError(f"drafter is a {type(drafter).__name__}; allowed are a name, a Drafter, or a model")
+    return ModelDrafter(drafter)

@@ -1,0 +1,144 @@
+"""The interface of a drafter, and what a drafter may know."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from free_kernels import Proposal, anchor_index, guided, posterior
+
+if TYPE_CHECKING:
+    from free.process import ReverseProcess
+    from free.targets import Target
+
+
+@dataclass
+class Anchor:
+    """One evaluation of the target for each sample."""
+
+    step: torch.Tensor
+    """int64 [B]."""
+    state: torch.Tensor
+    """[B, D]."""
+    output: torch.Tensor
+    """[B, D], guided."""
+    feature: torch.Tensor | None
+    """[B, tokens, width], where the drafter asked for features."""
+
+
+@dataclass
+class LastWindow:
+    """All that the target said in the last round, the abandoned states included. Before the first round: zeros at step 0,
+    an x0 estimate of zero, which is the mean of normalised data.
+    """
+
+    step: torch.Tensor
+    """int64 [B]: step of the first state."""
+    length: torch.Tensor
+    """int64 [B]: how many states were evaluated, at least 1."""
+    states: torch.Tensor
+    """[B, A, D]."""
+    output: torch.Tensor
+    """[B, A, D], as the network gave it; conditional half under guidance."""
+    unconditional: torch.Tensor | None
+    """[B, A, D] under guidance, else None."""
+    feature: torch.Tensor | None = None
+    """[B, A, tokens, width], where the drafter asked for features."""
+
+
+@dataclass
+class Situation:
+    """What one window is drafted from: B live samples, flattened to D numbers each."""
+
+    state: torch.Tensor
+    """float32 [B, D]."""
+    step: torch.Tensor
+    """int64 [B]: step of ``state``, its own for each sample."""
+    seed: torch.Tensor
+    """int64 [B]."""
+    window: int
+    """W: the proposal has W states and W-1 drafted outputs."""
+    last: LastWindow
+    noise: torch.Tensor | None
+    """z [B, W, D] where it is at hand; None leaves it to the operations, which make it from seed and step."""
+    process: ReverseProcess
+    conditioning: dict[str, Any]
+    """The target's, one row a sample."""
+    sample_shape: tuple[int, ...]
+    guidance_scale: float
+    impl: str
+
+    def anchor(self, step: torch.Tensor) -> Anchor:
+        """The evaluation that a draft for ``step`` (int64 [B]) may lean on: the last window's latest at a step <= its own.
+
+        One at a later step has seen the noise of this one, and a draft that knew it would bias the law.
+        """
+        last = self.last
+        row = torch.arange(len(step), device=step.device)
+        column = anchor_index(step[:, None], last.step, last.length)[:, 0]
+        unconditional = None if last.unconditional is None else last.unconditional[row, column]
+        return Anchor(
+            last.step + column,
+            last.states[row, column],
+            guided(last.output[row, column], unconditional, self.guidance_scale, torch.float32),
+            None if last.feature is None else last.feature[row, column],
+        )
+
+
+class Drafter(ABC):
+    """Proposes a window of steps. Any proposal is exact; a good one is accepted."""
+
+    name: str = "custom"
+    needs_features: bool = False
+    """Whether the target's top-block feature is captured for the anchors."""
+
+    def check(self, target: Target) -> None:
+        """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""
+
+    @abstractmethod
+    def propose(self, situation: Situation) -> Proposal:
+        """Draft ``situation.window - 1`` steps.
+
+        The draft for step k may depend on the state at step k, and on evaluations of the target at steps <= k, but on no
+        noise of step k or later.
+        """
+
+
+class StepDrafter(Drafter):
+    """A drafter that works one step after the other: a subclass gives the draft of one step."""
+
+    @abstractmethod
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        """The guess of the target's guided output.
+
+        Args:
+            state: float32 [B, D], the drafted state at ``step``.
+            step: int64 [B].
+            situation: the window that is drafted; ``situation.anchor(step)`` is what the draft may lean on.
+
+        Returns:
+            [B, D], float.
+        """
+
+    def propose(self, situation: Situation) -> Proposal:
+        states, outputs = [situation.state], []
+        last_step = situation.process.num_steps - 1
+        for j in range(situation.window - 1):
+            step = (situation.step + j).clamp(max=last_step)
+            outputs.append(self.draft(states[-1], step, situation).float())
+            noise = None if situation.noise is None else situation.noise[:, j]
+            states.append(
+                posterior(
+                    states[-1],
+                    outputs[-1],
+                    situation.seed,
+                    step,
+                    situation.process.table,
+                    noise=noise,
+                    impl=situation.impl,
+                )
+            )
+        empty = situation.state.new_empty(len(situation.state), 0, situation.state.shape[1])
+        return Proposal(torch.stack(states, 1), torch.stack(outputs, 1) if outputs else empty)

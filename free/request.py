@@ -1,0 +1,194 @@
+"""What a call of a sampler asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from free_kernels import LATENT_STREAM, normal
+from free_kernels.dispatch import resolve
+
+from free.process import ReverseProcess
+from free.targets import Target, as_target
+from free.targets.base import has_rows
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+Callback = Callable[[Any, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], Any]
+
+DEFAULT_STEPS = 250
+LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """B samples of one target under one process; tensors are on the target's device."""
+
+    target: Target
+    process: ReverseProcess
+    conditioning: dict[str, Any]
+    guidance_scale: float
+    sample_shape: tuple[int, ...]
+    seed: torch.Tensor
+    """int64 [B], the key of each sample's noise."""
+    latents: torch.Tensor | None
+    """float32 [B, D], where the caller gave the initial states."""
+
+    @property
+    def batch(self) -> int:
+        return len(self.seed)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    def initial_state(self) -> torch.Tensor:
+        """float32 [B, D]: the caller's latents, or standard normal noise of the seeds' own stream."""
+        if self.latents is not None:
+            return self.latents
+        numel = int(np.prod(self.sample_shape))
+        return normal(self.seed, torch.zeros_like(self.seed), numel, stream=LATENT_STREAM)
+
+
+def check_request(
+    model: Any,
+    *,
+    class_labels: Any,
+    conditioning: dict[str, Any] | None,
+    num_samples: int | None,
+    shape: Sequence[int] | None,
+    process: ReverseProcess | SchedulerMixin | None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    impl: str,
+    callback_on_step_end: Callback | None,
+) -> Request:
+    """Arguments as in :func:`free.speculative_sample`.
+
+    Raises:
+        ValueError: a wrong argument, named, with what was given and what is allowed.
+        TypeError: a model that is none of those allowed.
+    """
+    target = as_target(model)
+    target.check_ready()
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise ValueError(f"callback_on_step_end is a {type(callback_on_step_end).__name__}; allowed is a callable or None")
+    if not 1 <= guidance_scale < float("inf"):
+        raise ValueError(f"guidance_scale is {guidance_scale}; allowed is 1 (no guidance) or more")
+    guidance_scale = float(guidance_scale)
+    process = _check_process(target, process, num_inference_steps)
+    if latents is not None and (not isinstance(latents, torch.Tensor) or latents.dtype not in LATENT_DTYPES):
+        given = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"latents has dtype {given}; allowed are {', '.join(map(str, LATENT_DTYPES))}")
+    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
+        raise ValueError(f"num_samples is {num_samples!r}; allowed is an int, 1 or more")
+
+    # every argument that speaks of a number of samples must speak of the same one
+    spoken = {
+        "num_samples": num_samples,
+        "seed": None if seed is None or isinstance(seed, int) else len(seed),
+        "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
+        "latents": None if latents is None else len(latents),
+    }
+    hint = next((count for count in spoken.values() if count is not None), None)
+    checked, spoken["class_labels" if class_labels is not None else "conditioning"] = target.check_conditioning(
+        class_labels, conditioning, guidance_scale, hint
+    )
+    counts = {name: count for name, count in spoken.items() if count is not None}
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{name} speaks of {count}" for name, count in counts.items())
+        raise ValueError(f"the number of samples is unclear: {given}; they must agree")
+    batch = next(iter(counts.values()), 1)
+    if batch < 1:
+        raise ValueError(f"{next(iter(counts))} is empty; at least one sample must be asked for")
+
+    sample_shape = _check_shape(target, shape, latents)
+    device = _device(target, latents, checked)
+    resolve(impl, device)
+    return Request(
+        target,
+        process.to(device),
+        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in checked.items()},
+        guidance_scale,
+        sample_shape,
+        torch.tensor(_check_seeds(seed, generator, batch), dtype=torch.int64, device=device),
+        None if latents is None else latents.to(device, torch.float32).flatten(1),
+    )
+
+
+def _check_process(
+    target: Target, process: ReverseProcess | SchedulerMixin | None, num_inference_steps: int
+) -> ReverseProcess:
+    if isinstance(process, ReverseProcess):
+        if num_inference_steps not in (DEFAULT_STEPS, process.num_steps):
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}; process has {process.num_steps} steps: leave it out"
+            )
+        return process
+    if process is not None:
+        return ReverseProcess.from_scheduler(process, num_inference_steps)
+    return target.default_process(num_inference_steps)
+
+
+def _check_shape(target: Target, shape: Sequence[int] | None, latents: torch.Tensor | None) -> tuple[int, ...]:
+    """The shape of one sample, on which the model, ``shape`` and ``latents`` must agree."""
+    if shape is not None:
+        shape = tuple(shape)
+        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+            raise ValueError(f"shape is {shape}; allowed are positive ints, the shape of one sample without a batch axis")
+    expected = target.sample_shape or shape or (tuple(latents.shape[1:]) if latents is not None else None)
+    if not expected:
+        raise ValueError("shape is missing: a callable model does not say what one sample looks like; give shape or latents")
+    if shape is not None and shape != expected:
+        raise ValueError(f"shape is {shape}; the model's samples are {expected}")
+    if latents is not None and tuple(latents.shape[1:]) != expected:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; allowed is (samples, {', '.join(map(str, expected))})")
+    return expected
+
+
+def _device(target: Target, latents: torch.Tensor | None, conditioning: dict[str, Any]) -> torch.device:
+    """The model's; for a model without parameters that of the tensors it is given."""
+    if target.device is not None:
+        return target.device
+    if latents is not None:
+        return latents.device
+    return next((value.device for value in conditioning.values() if has_rows(value)), torch.device("cpu"))
+
+
+def _check_seeds(
+    seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> list[int]:
+    """One 64-bit key a sample, as signed integers."""
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator are both given; give one of them")
+    if seed is None:
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+        for one in generators:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(f"generator holds a {type(one).__name__}; allowed are torch.Generator, one or one a sample")
+        return [
+            int(torch.randint(2**63 - 1, (), generator=one, device=one.device if one is not None else "cpu"))
+            for one in generators
+        ]
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+        # the first sample's key is the seed itself, so that seed=7 and seed=[7] agree; the rest are far from any other seed's
+        spread = [np.random.SeedSequence(int(seed) % 2**64, spawn_key=(i,)) for i in range(1, batch)]
+        keys = [int(seed), *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
+    else:
+        keys = [_check_seed(key) for key in seed]
+    return [(key + 2**63) % 2**64 - 2**63 for key in keys]
+
+
+def _check_seed(key: Any) -> int:
+    if isinstance(key, bool) or not (
+        isinstance(key, (int, np.integer)) or (isinstance(key, torch.Tensor) and key.dim() == 0)
+    ):
+        raise ValueError(f"seed holds {key!r}; allowed are ints, one a sample")
+    return int(key)

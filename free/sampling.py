@@ -1,0 +1,306 @@
+"""The two samplers: check the arguments, loop, gather the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from free_kernels import NOISE_STREAM, normal, posterior
+from tqdm.auto import tqdm
+
+from free.drafters import Drafter, as_drafter
+from free.process import ReverseProcess
+from free.request import DEFAULT_STEPS, Callback, Request, check_request
+from free.statistics import SamplingStatistics, Stopwatch
+from free.window import Live, Round, Setup, advance, first_window
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+# the ancestral sampler draws the noise of several steps in one call, this many numbers at most
+_NOISE_BLOCK = 2**16
+
+
+class NonFiniteOutputError(FloatingPointError, ValueError):
+    """A model returned NaN or infinity; the message names the step and the sample."""
+
+
+@dataclass
+class SamplingOutput:
+    """What a sampler returns."""
+
+    samples: torch.Tensor
+    """float32 [B, *sample shape]: x after the last step; latents where the model works on latents."""
+    stats: SamplingStatistics
+    trajectory: torch.Tensor | None = None
+    """float32 [B, S + 1, *sample shape] with ``return_trajectory``: the state before each step, then the sample."""
+
+
+@torch.no_grad()
+def speculative_sample(
+    model: Any,
+    drafter: str | Drafter | Any = "hold-x0",
+    *,
+    class_labels: Any = None,
+    conditioning: dict[str, Any] | None = None,
+    num_samples: int | None = None,
+    shape: Sequence[int] | None = None,
+    process: ReverseProcess | SchedulerMixin | None = None,
+    num_inference_steps: int = DEFAULT_STEPS,
+    guidance_scale: float = 1.0,
+    window: int = 8,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: torch.Tensor | None = None,
+    impl: str = "auto",
+    progress: bool = False,
+    callback_on_step_end: Callback | None = None,
+    return_trajectory: bool = False,
+) -> SamplingOutput:
+    """Draw samples with the law of :func:`ancestral_sample`, in far fewer rounds of sequential work.
+
+    The same in distribution, relative to the model as it is executed (dtype, batch shape); not the same sample per seed.
+
+    Args:
+        model: a ``DiTTransformer2DModel``, a ``DiTPipeline`` (its latents are returned, not decoded), any callable
+            ``model(x, timestep, **conditioning) -> output``, or a :class:`free.Target`.
+        drafter: ``"hold-x0"``, ``"hold-output"``, a :class:`free.Drafter`, or a smaller model of the same samples.
+        class_labels: an int, or one a sample; None is the null class.
+        conditioning: keywords of a callable model; tensors have one row a sample, the rest is passed through.
+        num_samples: B; left out, it follows from labels, conditioning, latents, seeds or generators, else 1.
+        shape: of one sample; left out, the model's own or that of ``latents``.
+        process: a :class:`free.ReverseProcess` or a diffusers DDPM or DDIM scheduler; left out, the pipeline's scheduler,
+            else the original DiT's ``ReverseProcess.ddpm(num_inference_steps)``.
+        num_inference_steps: S, where ``process`` does not say.
+        guidance_scale: classifier-free guidance, at least 1 (none).
+        window: W, states of a sample evaluated in one round; 1 is the ancestral sampler.
+        seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
+        generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
+        latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``, of :mod:`free_kernels`.
+        progress: show a bar that counts steps.
+        callback_on_step_end: called after each round with (model, step, timestep, {"latents": states}): step int64 [B]
+            and timestep [B] of each sample's last settled step, states [B, *shape]. It observes; what it returns is not
+            used.
+        return_trajectory: keep every state (only then does memory grow with S).
+
+    Returns:
+        :class:`SamplingOutput`.
+
+    Raises:
+        ValueError: a wrong argument, named, before any work is done.
+        TypeError: a model or drafter that is none of the above.
+        NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window is {window!r}; allowed is an int, 1 or more")
+    drafter = as_drafter(drafter)
+    request = check_request(
+        model,
+        class_labels=class_labels,
+        conditioning=conditioning,
+        num_samples=num_samples,
+        shape=shape,
+        process=process,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        generator=generator,
+        latents=latents,
+        impl=impl,
+        callback_on_step_end=callback_on_step_end,
+    )
+    drafter.check(request.target)
+
+    setup = Setup(request, drafter, min(window, request.process.num_steps), impl)
+    stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
+    result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
+    watch = Stopwatch(request.seed.device)
+    live = first_window(setup, result.state.clone())
+    features = request.target.capture_features() if drafter.needs_features else nullcontext()
+    bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
+    begin = time.perf_counter()
+    with bar, features:
+        while len(live.index):
+            done = advance(live, setup, watch)
+            settled, unfinished = _account(done, live, stats, request)
+            result.settle(done, live)
+            bar.update(settled)
+            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(stats.rounds.sum())):.2f}", refresh=False)
+            if len(unfinished) < len(live.index):
+                live = live.keep(torch.tensor(unfinished, dtype=torch.int64, device=live.index.device))
+    stats.seconds = watch.finish()
+    stats.total_seconds = time.perf_counter() - begin
+    return result.output(stats)
+
+
+@torch.no_grad()
+def ancestral_sample(
+    model: Any,
+    *,
+    class_labels: Any = None,
+    conditioning: dict[str, Any] | None = None,
+    num_samples: int | None = None,
+    shape: Sequence[int] | None = None,
+    process: ReverseProcess | SchedulerMixin | None = None,
+    num_inference_steps: int = DEFAULT_STEPS,
+    guidance_scale: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: torch.Tensor | None = None,
+    impl: str = "auto",
+    progress: bool = False,
+    callback_on_step_end: Callback | None = None,
+    return_trajectory: bool = False,
+) -> SamplingOutput:
+    """Draw samples step by step: one forward of the model for each of the S steps (Ho et al. 2020, algorithm 2).
+
+    The baseline, and what :func:`speculative_sample` is exact against. Arguments, result and errors as there.
+    """
+    request = check_request(
+        model,
+        class_labels=class_labels,
+        conditioning=conditioning,
+        num_samples=num_samples,
+        shape=shape,
+        process=process,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        generator=generator,
+        latents=latents,
+        impl=impl,
+        callback_on_step_end=callback_on_step_end,
+    )
+    process, batch, target = request.process, request.batch, request.target
+    stats = SamplingStatistics(process.num_steps, 1, "none", np.full(batch, process.num_steps))
+    result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
+    watch = Stopwatch(request.seed.device)
+    state = result.state
+    block = max(1, _NOISE_BLOCK // state.numel())
+    first_bad = torch.full_like(request.seed, -1)
+    begin = time.perf_counter()
+    for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
+        step = torch.full_like(request.seed, k)
+        with watch("target"):
+            output = target.evaluate(
+                state.view(batch, *request.sample_shape), process.timestep[step], request.conditioning, request.guided
+            )
+        stats.count_forward(batch, target.forward_batch(request.guided))
+        with watch("verification"):
+            if k % block == 0:
+                steps = torch.arange(k, min(k + block, process.num_steps), device=step.device)
+                noise = normal(request.seed[:, None], steps, state.shape[1], stream=NOISE_STREAM, impl=impl)
+            state = posterior(
+                state,
+                output.output.flatten(1),
+                request.seed,
+                step,
+                process.table,
+                unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
+                guidance_scale=request.guidance_scale,
+                noise=noise[:, k % block],
+                impl=impl,
+            )
+            bad = (first_bad < 0) & ~torch.isfinite(state).all(-1)
+            first_bad = torch.where(bad, k, first_bad)
+        # the device is asked once a block
+        if (k + 1) % block == 0 or k + 1 == process.num_steps:
+            for sample, at in enumerate(first_bad.tolist()):
+                if at >= 0:
+                    raise _non_finite("model", at, sample, process)
+        result.settle_all(k, state)
+    stats.seconds = watch.finish()
+    stats.total_seconds = time.perf_counter() - begin
+    return result.output(stats)
+
+
+def _account(done: Round, live: Live, stats: SamplingStatistics, request: Request) -> tuple[int, list[int]]:
+    """Enter a round in the statistics, with the loop's one read from the device.
+
+    Returns:
+        How many steps were settled, and the rows of the samples that are not finished.
+    """
+    verified = done.verification
+    flags = torch.stack(
+        (live.index, done.step, done.length, verified.advance, verified.rejected, torch.isfinite(live.state).all(-1)), dim=-1
+    )
+    host = torch.cat((flags.double(), verified.squared_norm.double()), dim=-1).cpu().numpy()
+    index, step, length, advanced, rejected, finite = host[:, :6].astype(np.int64).T
+    squared_norm = host[:, 6:]
+    stats.count_forward(int(length.sum()), request.target.forward_batch(request.guided))
+    stats.draft_calls += 1
+    stats.rounds[index] += 1
+    for row in range(len(index)):
+        if not finite[row]:
+            raise _non_finite("model", step[row] + advanced[row] - 1, index[row], request.process)
+        accepted = advanced[row] - 1
+        tested = accepted + rejected[row]
+        norms = squared_norm[row, :tested]
+        if not np.isfinite(norms).all():
+            at = step[row] + int(np.argmin(np.isfinite(norms)))
+            raise _non_finite(f"drafter {stats.drafter!r}", at, index[row], request.process)
+        stats.tested[step[row] : step[row] + tested] += 1
+        stats.accepted[step[row] : step[row] + accepted] += 1
+        stats.delta_sum[step[row] : step[row] + tested] += np.sqrt(norms)
+    unfinished = np.flatnonzero(step + advanced < stats.steps)
+    return int(advanced.sum()), unfinished.tolist()
+
+
+def _non_finite(who: str, step: int, sample: int, process: ReverseProcess) -> NonFiniteOutputError:
+    return NonFiniteOutputError(
+        f"{who} returned NaN or infinity at step {int(step)} (timestep {process.timestep[step].item()}) of sample {int(sample)}"
+    )
+
+
+class _Result:
+    """Gathers the states of all samples, finished or not."""
+
+    def __init__(
+        self, request: Request, state: torch.Tensor, model: Any, callback: Callback | None, return_trajectory: bool
+    ) -> None:
+        self.request = request
+        self.state = state
+        self.model = model
+        self.callback = callback
+        self.step = torch.full_like(request.seed, -1)  # the last settled one
+        self.trajectory: torch.Tensor | None = None
+        if return_trajectory:
+            self.trajectory = state.new_empty(request.batch, request.process.num_steps + 1, state.shape[1])
+            self.trajectory[:, 0] = state
+
+    def settle(self, done: Round, live: Live) -> None:
+        """Take over the live samples after a round."""
+        self.state[live.index] = live.state
+        self.step[live.index] = live.step - 1
+        if self.trajectory is not None:
+            window = done.states.shape[1]
+            column = torch.arange(window, device=live.step.device)
+            # the drafted states that were accepted, then the last one, which verification made
+            row, accepted = (column < done.verification.advance[:, None]).nonzero(as_tuple=True)
+            self.trajectory[live.index[row], done.step[row] + accepted] = done.states[row, accepted]
+            self.trajectory[live.index, live.step] = live.state
+        self._call_back()
+
+    def settle_all(self, step: int, state: torch.Tensor) -> None:
+        """Take over all samples after the same step."""
+        self.state = state
+        self.step.fill_(step)
+        if self.trajectory is not None:
+            self.trajectory[:, step + 1] = state
+        self._call_back()
+
+    def output(self, stats: SamplingStatistics) -> SamplingOutput:
+        shape = self.request.sample_shape
+        trajectory = None if self.trajectory is None else self.trajectory.unflatten(-1, shape)
+        return SamplingOutput(self.state.unflatten(-1, shape), stats, trajectory)
+
+    def _call_back(self) -> None:
+        if self.callback is not None:
+            latents = self.state.unflatten(-1, self.request.sample_shape).clone()
+            self.callback(self.model, self.step.clone(), self.request.process.timestep[self.step], {"latents": latents})

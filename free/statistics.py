@@ -1,0 +1,150 @@
+"""What a run cost and how its drafts fared."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+PHASES = ("draft", "target", "verification")
+
+
+class Stopwatch:
+    """Seconds spent in each phase. On CUDA it places events, which stall nothing, and reads them at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((phase, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.seconds[phase] += time.perf_counter() - begin
+
+    def finish(self) -> dict[str, float]:
+        """Seconds by phase; waits for the device once."""
+        if self._events:
+            torch.cuda.synchronize()
+        for phase, start, end in self._events:
+            self.seconds[phase] += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        return self.seconds
+
+
+@dataclass
+class SamplingStatistics:
+    """The account of one call. Arrays by step are [S]; nothing grows with the number of samples times steps."""
+
+    steps: int
+    """S."""
+    window: int
+    drafter: str
+    """``"none"`` for the ancestral sampler."""
+    rounds: np.ndarray
+    """int64 [B]: sequential evaluations of the target that each sample took part in."""
+    target_evaluations: int = 0
+    """States that the target was evaluated at (a guided evaluation counts once)."""
+    forwards: int = 0
+    """Forwards of the target."""
+    forward_batch_sizes: Counter[int] = field(default_factory=Counter)
+    """How many forwards had how many states."""
+    draft_calls: int = 0
+    """Windows proposed."""
+    tested: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [S]: acceptance tests by step."""
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [S]: drafts accepted by step."""
+    delta_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [S]: sum of |delta| over the tests of each step."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    """Wall seconds in ``draft``, ``target`` and ``verification``."""
+    total_seconds: float = 0.0
+    """Wall seconds of the whole call."""
+
+    def __post_init__(self) -> None:
+        if not len(self.tested):
+            self.tested = np.zeros(self.steps, np.int64)
+            self.accepted = np.zeros(self.steps, np.int64)
+            self.delta_sum = np.zeros(self.steps)
+
+    @property
+    def parallel_efficiency(self) -> float:
+        """S / rounds, mean over the samples."""
+        return float(np.mean(self.efficiency_per_sample))
+
+    @property
+    def efficiency_per_sample(self) -> np.ndarray:
+        """float64 [B]: S / rounds of each sample."""
+        return self.steps / self.rounds
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted of tested drafts; NaN if none was tested."""
+        tested = int(self.tested.sum())
+        return int(self.accepted.sum()) / tested if tested else float("nan")
+
+    @property
+    def mean_delta(self) -> np.ndarray:
+        """float64 [S]: mean |delta| of the tested drafts; NaN at steps without a test."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.tested > 0, self.delta_sum / np.maximum(self.tested, 1), np.nan)
+
+    def count_forward(self, states: int, limit: int | None) -> None:
+        """An evaluation of ``states`` states, at most ``limit`` a forward."""
+        self.target_evaluations += states
+        for first in range(0, states, limit or states):
+            self.forwards += 1
+            self.forward_batch_sizes[min(limit or states, states - first)] += 1
+
+    def summary(self) -> str:
+        """A short table for people."""
+        rounds = self.rounds
+        sizes = ", ".join(f"{size} x {count}" for size, count in sorted(self.forward_batch_sizes.items())[-4:])
+        rows = [
+            ("samples", f"{len(rounds)}"),
+            ("steps", f"{self.steps}"),
+            ("drafter, window", f"{self.drafter}, {self.window}"),
+            ("rounds per sample", f"{rounds.mean():.1f} (least {rounds.min()}, most {rounds.max()})"),
+            ("parallel efficiency", f"{self.parallel_efficiency:.2f}"),
+            ("drafts accepted", f"{self.accepted.sum()} of {self.tested.sum()}"),
+            ("target forwards", f"{self.forwards} (states x forwards: {sizes})"),
+            ("target evaluations", f"{self.target_evaluations}"),
+            ("seconds", f"{self.total_seconds:.3f}, of which " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready numbers, lists and strings; NaN becomes None."""
+        return {
+            "steps": self.steps,
+            "window": self.window,
+            "drafter": self.drafter,
+            "rounds": self.rounds.tolist(),
+            "parallel_efficiency": self.parallel_efficiency,
+            "acceptance_rate": None if np.isnan(self.acceptance_rate) else self.acceptance_rate,
+            "target_evaluations": self.target_evaluations,
+            "forwards": self.forwards,
+            "forward_batch_sizes": {str(size): count for size, count in sorted(self.forward_batch_sizes.items())},
+            "draft_calls": self.draft_calls,
+            "tested": self.tested.tolist(),
+            "accepted": self.accepted.tolist(),
+            "mean_delta": [None if np.isnan(value) else value for value in self.mean_delta.tolist()],
+            "seconds": dict(self.seconds),
+            "total_seconds": self.total_seconds,
+        }

@@ -1,0 +1,191 @@
+"""The interface between a model and the sampler, and the checks that every model passes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from free.process import ReverseProcess
+
+
+@dataclass
+class TargetOutput:
+    """What one evaluation of N states yields, as the network gave it (dtype and all)."""
+
+    output: torch.Tensor
+    """[N, *sample shape]: conditional half where guidance is used."""
+    unconditional: torch.Tensor | None = None
+    """[N, *sample shape] under guidance, else None."""
+    feature: torch.Tensor | None = None
+    """Top-block feature [N, tokens, width] of the conditional half, while it is captured."""
+
+
+class Target(ABC):
+    """The exact model, ready to be evaluated at any states of any steps in one forward.
+
+    A subclass says what one sample looks like, checks the caller's conditioning, and evaluates.
+    """
+
+    sample_shape: tuple[int, ...] | None = None
+    """Shape of one sample, where the model knows it."""
+    has_features = False
+    """Whether the top-block feature can be captured."""
+
+    def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
+        if max_forward_batch is not None and max_forward_batch < 1:
+            raise ValueError(f"max_forward_batch is {max_forward_batch}; allowed is 1 or more, or None")
+        module = getattr(model, "_orig_mod", model)
+        self.model = model
+        self.module = module if isinstance(module, torch.nn.Module) else None
+        self.max_forward_batch = max_forward_batch
+        self.check_ready()
+
+    def check_ready(self) -> None:
+        """Refuse a model whose output is not a function of its input. Called again before each run.
+
+        Raises:
+            ValueError: train mode (dropout, dropped labels) or a stateful hook such as a cache.
+        """
+        if self.module is None:
+            return
+        if any(module.training for module in self.module.modules()):
+            raise ValueError("model is in train mode, where labels and activations are dropped at random; call model.eval()")
+        hook = _stateful_hook(self.module)
+        if hook is not None:
+            raise ValueError(
+                f"model has a cache hook ({hook}): its output depends on earlier calls, so it is no longer the model that "
+                "was asked for; call model.disable_cache() or remove the hook"
+            )
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model's parameters are; None if it has none."""
+        parameter = self._parameter()
+        return None if parameter is None else parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model takes as input: its parameters' floating dtype, or float32."""
+        parameter = self._parameter()
+        return torch.float32 if parameter is None else parameter.dtype
+
+    def _parameter(self) -> torch.nn.Parameter | None:
+        if self.module is None:
+            return None
+        return next((p for p in self.module.parameters() if p.is_floating_point()), None)
+
+    def default_process(self, num_inference_steps: int) -> ReverseProcess:
+        """The process of this model where the caller names none: the original DiT's."""
+        from free.process import ReverseProcess
+
+        return ReverseProcess.ddpm(num_inference_steps)
+
+    @abstractmethod
+    def check_conditioning(
+        self, class_labels: Any, conditioning: dict[str, Any] | None, guidance_scale: float, batch: int | None
+    ) -> tuple[dict[str, Any], int | None]:
+        """Check the caller's conditioning before any work is done.
+
+        Returns:
+            The conditioning, tensors with a leading axis of samples, and how many samples it speaks of (None if it
+            does not say).
+        """
+
+    @abstractmethod
+    def forward(
+        self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> TargetOutput:
+        """One forward of the model; arguments as in :meth:`evaluate`."""
+
+    def evaluate(
+        self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> TargetOutput:
+        """Evaluate N states in one forward (in as many as ``max_forward_batch`` asks for).
+
+        Args:
+            states: float32 [N, *sample shape].
+            timestep: [N].
+            conditioning: what :meth:`check_conditioning` returned, each tensor [N, ...] row by row.
+            guided: whether the unconditional half is wanted too.
+
+        Raises:
+            ValueError: the model returned something else than the shape of its input.
+        """
+        limit = self.forward_batch(guided)
+        if limit is None or limit >= len(states):
+            return self.forward(states, timestep, conditioning, guided)
+        rows = torch.arange(len(states), device=states.device)
+        parts = [
+            self.forward(states[part], timestep[part], take_rows(conditioning, part), guided) for part in rows.split(limit)
+        ]
+        return TargetOutput(
+            torch.cat([part.output for part in parts]),
+            _cat_or_none([part.unconditional for part in parts]),
+            _cat_or_none([part.feature for part in parts]),
+        )
+
+    def forward_batch(self, guided: bool) -> int | None:
+        """States that fit in one forward; None is no bound."""
+        if self.max_forward_batch is None:
+            return None
+        return max(1, self.max_forward_batch // (2 if guided else 1))
+
+    @contextmanager
+    def capture_features(self) -> Iterator[None]:
+        """Within this context :meth:`evaluate` also returns the top-block feature.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not self.has_features:
+            raise ValueError(
+                f"the drafter leans on the target's top-block feature, and {type(self).__name__} has none; "
+                "use a DiTTransformer2DModel, or a drafter without features such as 'hold-x0'"
+            )
+        yield
+
+
+def has_rows(value: Any) -> bool:
+    """Whether a value of the conditioning is one row a sample (else it is passed through as it is)."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def take_rows(conditioning: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The conditioning of the given rows (int64 [N]); what has no rows is kept."""
+    return {name: value[rows] if has_rows(value) else value for name, value in conditioning.items()}
+
+
+def _cat_or_none(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def check_output(output: Any, states: torch.Tensor) -> torch.Tensor:
+    """A model's output must be a floating tensor of its input's shape."""
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"model returned a {type(output).__name__}; allowed is a tensor (or an object with .sample)")
+    if output.shape != states.shape:
+        raise ValueError(
+            f"model returned shape {tuple(output.shape)} for states of shape {tuple(states.shape)}; they must agree"
+        )
+    if not output.is_floating_point():
+        raise ValueError(f"model returned dtype {output.dtype}; allowed is a floating dtype")
+    return output
+
+
+def _stateful_hook(module: torch.nn.Module) -> str | None:
+    """Name of a diffusers hook that keeps state between calls, as every cache does; None if there is none."""
+    if getattr(module, "is_cache_enabled", False):
+        return "enable_cache"
+    for child in module.modules():
+        registry = getattr(child, "_diffusers_hook", None)
+        for name, hook in getattr(registry, "hooks", {}).items():
+            if getattr(hook, "_is_stateful", False):
+                return str(name)
+    return None

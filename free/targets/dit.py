@@ -1,0 +1,114 @@
+"""diffusers' class-conditional Diffusion Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from free.targets.base import Target, TargetOutput, check_output
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel, SchedulerMixin
+
+    from free.process import ReverseProcess
+
+
+class DiTTarget(Target):
+    """A ``DiTTransformer2DModel``: guidance of all latent channels in the same forward, learned-variance channels dropped.
+
+    Without labels every sample is drawn from the null class, ``config.num_embeds_ada_norm``.
+    """
+
+    has_features = True
+
+    def __init__(
+        self,
+        model: DiTTransformer2DModel,
+        *,
+        scheduler: SchedulerMixin | None = None,
+        max_forward_batch: int | None = None,
+    ) -> None:
+        super().__init__(model, max_forward_batch)
+        assert self.module is not None
+        config = self.module.config
+        self.channels = config.in_channels
+        self.null_class = config.num_embeds_ada_norm
+        self.sample_shape = (self.channels, config.sample_size, config.sample_size)
+        out_channels = config.out_channels or self.channels
+        if out_channels not in (self.channels, 2 * self.channels):
+            raise ValueError(
+                f"model has {self.channels} input and {out_channels} output channels; allowed are as many outputs, or "
+                "twice as many (learned variance)"
+            )
+        self._scheduler = scheduler
+        self._captured: torch.Tensor | None = None
+        self._capturing = False
+
+    def default_process(self, num_inference_steps: int) -> ReverseProcess:
+        """A pipeline's scheduler decides; the transformer alone is sampled as the original DiT was."""
+        if self._scheduler is None:
+            return super().default_process(num_inference_steps)
+        from free.process import ReverseProcess
+
+        return ReverseProcess.from_scheduler(self._scheduler, num_inference_steps)
+
+    def check_conditioning(
+        self, class_labels: Any, conditioning: dict[str, Any] | None, guidance_scale: float, batch: int | None
+    ) -> tuple[dict[str, Any], int | None]:
+        if conditioning:
+            raise ValueError(f"conditioning has {sorted(conditioning)}; a DiT takes class_labels only")
+        if class_labels is None:
+            if guidance_scale != 1.0:
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale} without class_labels; give labels, or guidance_scale=1"
+                )
+            return {"class_labels": torch.full((batch or 1,), self.null_class)}, batch
+        labels = torch.as_tensor(class_labels)
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.dim() > 1:
+            raise ValueError(
+                f"class_labels has dtype {labels.dtype} and shape {tuple(labels.shape)}; allowed are integers, one a sample"
+            )
+        if labels.dim() == 0:
+            labels = labels.expand(batch or 1)
+        if not labels.numel():
+            raise ValueError("class_labels is empty; allowed is one label a sample, or None")
+        if ((labels < 0) | (labels >= self.null_class)).any():
+            wrong = labels[(labels < 0) | (labels >= self.null_class)][0].item()
+            raise ValueError(f"class_labels holds {wrong}; allowed are 0 … {self.null_class - 1} (None is the null class)")
+        return {"class_labels": labels.long()}, len(labels)
+
+    def forward(
+        self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> TargetOutput:
+        labels = conditioning["class_labels"]
+        rows = len(states)
+        inputs = states.to(self.dtype)
+        if guided:
+            inputs = torch.cat((inputs, inputs))
+            timestep = torch.cat((timestep, timestep))
+            labels = torch.cat((labels, torch.full_like(labels, self.null_class)))
+        output = self.model(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
+        output = check_output(output[:, : self.channels], inputs)
+        feature = None
+        if self._capturing:
+            assert self._captured is not None
+            feature = self._captured[:rows]
+        return TargetOutput(output[:rows], output[rows:] if guided else None, feature)
+
+    @contextmanager
+    def capture_features(self) -> Iterator[None]:
+        def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            self._captured = output
+
+        assert self.module is not None
+        handle = self.module.transformer_blocks[-1].register_forward_hook(keep)
+        self._capturing = True
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._capturing = False
+            self._captured = None

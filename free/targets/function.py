@@ -1,0 +1,86 @@
+"""Any network as a function: diffusion policies, U-Nets, analytic models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from free.targets.base import Target, TargetOutput, check_output, has_rows
+
+
+class CallableTarget(Target):
+    """``model(x, timestep, **conditioning) -> output``, x [N, ...] of any rank, timestep [N], output of x's shape.
+
+    An output object with ``.sample`` (diffusers' habit) or a tuple is unpacked. Guidance needs ``null_conditioning``.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        max_forward_batch: int | None = None,
+        null_conditioning: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, max_forward_batch)
+        self.null_conditioning = null_conditioning
+
+    def check_conditioning(
+        self, class_labels: Any, conditioning: dict[str, Any] | None, guidance_scale: float, batch: int | None
+    ) -> tuple[dict[str, Any], int | None]:
+        if conditioning is not None and not isinstance(conditioning, dict):
+            raise ValueError(f"conditioning is a {type(conditioning).__name__}; allowed is a dict of the model's keywords")
+        checked = dict(conditioning or {})
+        if class_labels is not None:
+            if "class_labels" in checked:
+                raise ValueError("class_labels is given twice, as an argument and in conditioning; give it once")
+            labels = torch.as_tensor(class_labels)
+            checked["class_labels"] = labels.expand(batch or 1) if labels.dim() == 0 else labels
+        sizes = {name: value.shape[0] for name, value in checked.items() if has_rows(value)}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"conditioning has tensors of different batch sizes: {sizes}; they must agree")
+        if guidance_scale != 1.0:
+            if self.null_conditioning is None:
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}, but the model has no unconditional half; use guidance_scale=1, or "
+                    "free.as_target(model, null_conditioning={...})"
+                )
+            if set(self.null_conditioning) != set(checked):
+                raise ValueError(
+                    f"null_conditioning has {sorted(self.null_conditioning)}; conditioning has {sorted(checked)}: "
+                    "they must name the same keywords"
+                )
+        return checked, next(iter(sizes.values()), None)
+
+    def forward(
+        self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> TargetOutput:
+        rows = len(states)
+        inputs = states.to(self.dtype)
+        if guided:
+            assert self.null_conditioning is not None
+            inputs, timestep = torch.cat((inputs, inputs)), torch.cat((timestep, timestep))
+            conditioning = {
+                name: torch.cat((value, _null_rows(name, self.null_conditioning[name], value))) if has_rows(value) else value
+                for name, value in conditioning.items()
+            }
+        output = self.model(inputs, timestep, **conditioning)
+        output = getattr(output, "sample", output)
+        if isinstance(output, tuple) and output:
+            output = output[0]
+        output = check_output(output, inputs)
+        if output.dtype == torch.float64:
+            output = output.float()
+        return TargetOutput(output[:rows], output[rows:] if guided else None)
+
+
+def _null_rows(name: str, null: Any, value: torch.Tensor) -> torch.Tensor:
+    """The null of one keyword, repeated for each row of its conditional tensor."""
+    null = torch.as_tensor(null, dtype=value.dtype, device=value.device)
+    if null.dim() == value.dim() and null.shape[0] != 1 or null.dim() not in (value.dim(), value.dim() - 1):
+        raise ValueError(
+            f"null_conditioning[{name!r}] has shape {tuple(null.shape)}; allowed is {tuple(value.shape[1:])}, "
+            "with or without a leading axis of 1"
+        )
+    return null.expand_as(value)

@@ -1,0 +1,40 @@
+"""Fused operations on tensors for speculative sampling of diffusion models.
+
+Every operation lives in a folder of its own: the public function, a plain torch reference and (where it has landed) a
+Triton kernel with the same signature. Randomness enters as seeds and step indices; per-step coefficients are whole tables,
+gathered inside by step. This package knows tensors only and never imports :mod:`free`.
+"""
+
+from free_kernels.acceptance import Acceptance, acceptance, acceptance_from_means
+from free_kernels.dispatch import IMPLEMENTATIONS
+from free_kernels.householder import householder
+from free_kernels.philox import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, philox, uniform
+from free_kernels.posterior import posterior
+from free_kernels.posterior.reference import guided
+from free_kernels.propose import HOLD_DRAFTS, Proposal, propose
+from free_kernels.propose.reference import anchor_index
+from free_kernels.table import StepTable
+from free_kernels.verify import Verification, verify
+
+__all__ = [
+    "HOLD_DRAFTS",
+    "IMPLEMENTATIONS",
+    "LATENT_STREAM",
+    "NOISE_STREAM",
+    "TEST_STREAM",
+    "Acceptance",
+    "Proposal",
+    "StepTable",
+    "Verification",
+    "acceptance",
+    "acceptance_from_means",
+    "anchor_index",
+    "guided",
+    "householder",
+    "normal",
+    "philox",
+    "posterior",
+    "propose",
+    "uniform",
+    "verify",
+]

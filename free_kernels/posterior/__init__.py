@@ -1,0 +1,57 @@
+"""One step of a reverse process: guidance, mean and noise in one go."""
+
+from __future__ import annotations
+
+import torch
+
+from free_kernels.checks import check_guidance, check_index, check_values
+from free_kernels.dispatch import resolve
+from free_kernels.posterior import reference
+from free_kernels.table import StepTable, check_table
+
+__all__ = ["posterior"]
+
+
+def posterior(
+    state: torch.Tensor,
+    output: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    table: StepTable,
+    *,
+    unconditional_output: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """The ancestral (DDPM) update ``mean[k] + std[k] * z`` of each row (Ho et al. 2020, eq. 7).
+
+    Args:
+        state: [B, D], float.
+        output: the network's output [B, D], float of any dtype; its conditional half where guidance is used.
+        seed: int64 [B].
+        step: int64 [B], the step k of each row; beyond the table it is taken as the last.
+        table: the process, columns [S].
+        unconditional_output: [B, D]; ``output`` then becomes ``unconditional + guidance_scale * (output - unconditional)``
+            (Ho & Salimans 2022).
+        guidance_scale: 1 is no guidance.
+        noise: z [B, D] if it is at hand; it must be ``normal(seed, step, D)``, which is what is used when left out.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        The next state [B, D], float32 (float64 if ``state`` is).
+
+    Raises:
+        ValueError: an argument of a wrong shape, dtype or device, named.
+    """
+    check_values("state", state, (None, None), state.device)
+    batch, numel = state.shape
+    check_values("output", output, (batch, numel), state.device)
+    check_index("seed", seed, (batch,), state.device)
+    check_index("step", step, (batch,), state.device)
+    check_table(table, state.device)
+    check_guidance(output, unconditional_output, guidance_scale)
+    if noise is not None:
+        check_values("noise", noise, (batch, numel), state.device)
+    resolve(impl, state.device)
+    return reference.posterior(state, output, seed, step, table, unconditional_output, guidance_scale, noise)

@@ -1,0 +1,69 @@
+"""The hold drafts in plain torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from free_kernels.philox import NOISE_STREAM
+from free_kernels.philox.reference import normal
+from free_kernels.posterior.reference import at_step, compute_dtype, guided, step_mean, x0_estimate
+from free_kernels.table import StepTable
+
+if TYPE_CHECKING:
+    from free_kernels.propose import Proposal
+
+
+def anchor_index(steps: torch.Tensor, anchor_step: torch.Tensor, anchor_length: torch.Tensor) -> torch.Tensor:
+    """Column of the last window that a draft for each of ``steps`` [B, N] may lean on: the latest at a step <= its own."""
+    return torch.minimum(steps - anchor_step[:, None], anchor_length[:, None] - 1).clamp_(min=0)
+
+
+def propose(
+    state: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    window: int,
+    anchor_states: torch.Tensor,
+    anchor_outputs: torch.Tensor,
+    anchor_step: torch.Tensor,
+    anchor_length: torch.Tensor,
+    table: StepTable,
+    draft: str,
+    unconditional_anchor_outputs: torch.Tensor | None,
+    guidance_scale: float,
+    noise: torch.Tensor | None,
+) -> Proposal:
+    from free_kernels.propose import Proposal
+
+    dtype = compute_dtype(state)
+    numel = state.shape[-1]
+    states = state.new_empty(state.shape[0], window, numel, dtype=dtype)
+    states[:, 0] = state
+    drafted = states.new_empty(state.shape[0], window - 1, numel)
+    if window == 1:
+        return Proposal(states, drafted)
+    last = table.num_steps - 1
+    steps = (step[:, None] + torch.arange(window - 1, device=step.device)).clamp_(max=last)  # [B, W-1]
+    if noise is None:
+        noise = normal(seed[:, None], steps, numel, NOISE_STREAM, dtype)
+
+    column = anchor_index(steps, anchor_step, anchor_length)
+    anchor_steps = anchor_step[:, None] + column
+    column = column.unsqueeze(-1).expand(-1, -1, numel)
+    if unconditional_anchor_outputs is not None:
+        unconditional_anchor_outputs = unconditional_anchor_outputs.gather(1, column)
+    held = guided(anchor_outputs.gather(1, column), unconditional_anchor_outputs, guidance_scale, dtype)
+    if draft == "hold-x0":
+        held = x0_estimate(anchor_states.gather(1, column).to(dtype), held, anchor_steps, table)  # [B, W-1, D]
+    x0_state_coef = at_step(table.x0_state_coef, steps, dtype)
+    x0_model_coef = at_step(table.x0_model_coef, steps, dtype)
+    scaled_noise = at_step(table.std, steps, dtype) * noise[:, : window - 1].to(dtype)
+    for j in range(window - 1):
+        current, output = states[:, j], held[:, j]
+        if draft == "hold-x0":
+            output = (output - x0_state_coef[:, j] * current) / x0_model_coef[:, j]
+        drafted[:, j] = output
+        states[:, j + 1] = step_mean(current, output, steps[:, j], table) + scaled_noise[:, j]
+    return Proposal(states, drafted)

@@ -1,0 +1,41 @@
+"""The coefficients of a reverse process as the operations take them: whole tables, gathered by step inside."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from free_kernels.checks import check_values
+
+
+class StepTable(NamedTuple):
+    """Per-step coefficients, each float [S] on one device.
+
+    The mean of step k is ``state_coef[k] * x + model_coef[k] * y``. Where ``clip_range`` is set it is
+    ``clip_state_coef[k] * x + clip_x0_coef[k] * clamp(x0, ±clip_range)`` with
+    ``x0 = x0_state_coef[k] * x + x0_model_coef[k] * y``. The noise has the standard deviation ``std[k]`` either way.
+    """
+
+    state_coef: torch.Tensor
+    model_coef: torch.Tensor
+    std: torch.Tensor
+    x0_state_coef: torch.Tensor
+    x0_model_coef: torch.Tensor
+    clip_state_coef: torch.Tensor
+    clip_x0_coef: torch.Tensor
+    clip_range: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return self.std.shape[0]
+
+
+def check_table(table: StepTable, device: torch.device) -> None:
+    """Every column float [S] on ``device``; ``clip_range`` positive or None."""
+    length: int | None = None
+    for name, column in zip(table._fields[:-1], table[:-1], strict=True):
+        check_values(f"table.{name}", column, (length,), device)
+        length = column.shape[0]
+    if table.clip_range is not None and not table.clip_range > 0:
+        raise ValueError(f"table.clip_range is {table.clip_range}; allowed is a positive number or None")

@@ -1,0 +1,94 @@
+"""Verification of a whole window: accept, reflect at the first rejection, or take the exact last step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from free_kernels.checks import check_guidance, check_index, check_values
+from free_kernels.dispatch import resolve
+from free_kernels.table import StepTable, check_table
+from free_kernels.verify import reference
+
+__all__ = ["Verification", "verify"]
+
+
+class Verification(NamedTuple):
+    """The outcome of one window of each sample."""
+
+    next_state: torch.Tensor
+    """[B, D]: the state after the settled steps."""
+    advance: torch.Tensor
+    """int64 [B]: how many steps were settled, 1 … length (0 for a finished sample)."""
+    rejected: torch.Tensor
+    """bool [B]: whether the last settled step was a reflection; else it is the exact last step of the window."""
+    log_ratio: torch.Tensor
+    """[B, W-1]: log acceptance ratio of each drafted step; beyond the first rejection it decided nothing."""
+    squared_norm: torch.Tensor
+    """[B, W-1]: |delta|² of each drafted step."""
+
+
+def verify(
+    states: torch.Tensor,
+    target_output: torch.Tensor,
+    draft_output: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    length: torch.Tensor,
+    table: StepTable,
+    *,
+    unconditional_output: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> Verification:
+    """Reflection-maximal coupling of each drafted step with the target's, first rejection ends the window.
+
+    Drafted step j is accepted iff ``log u <= log_ratio``, u the uniform of its step; NaN rejects. The first rejected step
+    becomes ``target_mean + std * (z - 2 e <e, z>)``; if there is none the last state takes its step from the target,
+    ``target_mean + std * z`` (FREE, arXiv 2511.20390, supplement B; De Bortoli et al., arXiv 2501.05370).
+
+    Args:
+        states: the window [B, W, D], float.
+        target_output: the target's outputs there [B, W, D], float of any dtype; conditional half under guidance.
+        draft_output: what steps 0 … W-2 were drafted with [B, W-1, D], float.
+        seed: int64 [B].
+        step: int64 [B], step of ``states[:, 0]``.
+        length: int64 [B], how many of the W states count, 0 … W; 0 is a finished sample, which stays as it is.
+        table: the process, columns [S].
+        unconditional_output, guidance_scale: as in :func:`free_kernels.posterior`.
+        noise: z [B, W, D] if it is at hand; it must be ``normal(seed, step + j, D)``, which is used when left out.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        :class:`Verification`, float32 (float64 if ``states`` is).
+
+    Raises:
+        ValueError: an argument of a wrong shape, dtype or device, named.
+    """
+    check_values("states", states, (None, None, None), states.device)
+    batch, window, numel = states.shape
+    check_values("target_output", target_output, states.shape, states.device)
+    if window > 1:
+        check_values("draft_output", draft_output, (batch, window - 1, numel), states.device)
+    check_index("seed", seed, (batch,), states.device)
+    check_index("step", step, (batch,), states.device)
+    check_index("length", length, (batch,), states.device)
+    check_table(table, states.device)
+    check_guidance(target_output, unconditional_output, guidance_scale)
+    if noise is not None:
+        check_values("noise", noise, states.shape, states.device)
+    resolve(impl, states.device)
+    return reference.verify(
+        states,
+        target_output,
+        draft_output,
+        seed,
+        step,
+        length,
+        table,
+        unconditional_output,
+        guidance_scale,
+        noise,
+    )

@@ -1,0 +1,66 @@
+"""Verification in plain torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from free_kernels.acceptance.reference import log_acceptance, mean_difference
+from free_kernels.householder.reference import householder
+from free_kernels.philox import NOISE_STREAM, TEST_STREAM
+from free_kernels.philox.reference import normal, uniform
+from free_kernels.posterior.reference import at_step, compute_dtype, guided, step_mean
+from free_kernels.table import StepTable
+
+if TYPE_CHECKING:
+    from free_kernels.verify import Verification
+
+
+def verify(
+    states: torch.Tensor,
+    target_output: torch.Tensor,
+    draft_output: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    length: torch.Tensor,
+    table: StepTable,
+    unconditional_output: torch.Tensor | None,
+    guidance_scale: float,
+    noise: torch.Tensor | None,
+) -> Verification:
+    from free_kernels.verify import Verification
+
+    dtype = compute_dtype(states)
+    batch, window, numel = states.shape
+    column = torch.arange(window, device=step.device)
+    steps = (step[:, None] + column).clamp_(max=table.num_steps - 1)  # [B, W]
+    states = states.to(dtype)
+    output = guided(target_output, unconditional_output, guidance_scale, dtype)
+    noise = normal(seed[:, None], steps, numel, NOISE_STREAM, dtype) if noise is None else noise.to(dtype)
+
+    # one test a drafted step; u is looked at up to the first rejection only
+    drafts = window - 1
+    delta = mean_difference(states[:, :drafts], output[:, :drafts], draft_output.to(dtype), steps[:, :drafts], table)
+    log_ratio, inner, squared_norm = log_acceptance(noise[:, :drafts], delta)  # [B, W-1] each
+    u = uniform(seed[:, None], steps[:, :drafts], TEST_STREAM, dtype)
+    tested = column[:drafts] < length[:, None] - 1
+    rejections = ~(u.log() <= log_ratio) & tested  # NaN compares false, so it rejects
+
+    # the settled window ends at the first rejection, or at its exact last step
+    rejected = rejections.any(-1)
+    last = (length - 1).clamp(min=0)
+    if drafts:
+        last = torch.where(rejected, rejections.int().argmax(-1), last)  # [B]
+    row = torch.arange(batch, device=step.device)
+    final_noise = noise[row, last]
+    if drafts:
+        drafted = last.clamp(max=drafts - 1)
+        reflected = householder(final_noise, delta[row, drafted], inner[row, drafted], squared_norm[row, drafted])
+        final_noise = torch.where(rejected[:, None], reflected, final_noise)
+    final_step = steps[row, last]
+    mean = step_mean(states[row, last], output[row, last], final_step, table)
+    next_state = mean + at_step(table.std, final_step, dtype) * final_noise
+    next_state = torch.where(length[:, None] > 0, next_state, states[:, 0])
+    advance = torch.where(length > 0, last + 1, 0)
+    return Verification(next_state, advance, rejected, log_ratio, squared_norm)
