@@ -11,7 +11,6 @@ from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
 from free.version import __version__
 
-
 __all__ = [
     "Anchor",
     "CallableTarget",

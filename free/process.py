@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from free_kernels import StepTable
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class ReverseProcess:
     @property
     def table(self) -> StepTable:
         """The coefficients as the operations of :mod:`free_kernels` take them."""
-        assert self.clip_state_coef is not None and self.clip_x0_coef is not None  # filled in by __post_init__
+        assert self.clip_state_coef is not None  # both filled in by __post_init__
+        assert self.clip_x0_coef is not None
         return StepTable(
             self.state_coef,
             self.model_coef,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from free_kernels import LATENT_STREAM, normal
-from free_kernels.dispatch import resolve
 
 from free.process import ReverseProcess
 from free.targets import Target, as_target
 from free.targets.base import has_rows
+from free_kernels import LATENT_STREAM, normal
+from free_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -85,8 +85,8 @@ def check_request(
     guidance_scale = float(guidance_scale)
     process = _check_process(target, process, num_inference_steps)
     if latents is not None and (not isinstance(latents, torch.Tensor) or latents.dtype not in LATENT_DTYPES):
-        given = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-        raise ValueError(f"latents has dtype {given}; allowed are {', '.join(map(str, LATENT_DTYPES))}")
+        given = f"dtype {latents.dtype}" if isinstance(latents, torch.Tensor) else f"type {type(latents).__name__}"
+        raise ValueError(f"latents has {given}; allowed are {', '.join(map(str, LATENT_DTYPES))}")
     if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
         raise ValueError(f"num_samples is {num_samples!r}; allowed is an int, 1 or more")
 
@@ -169,7 +169,7 @@ def _check_seeds(
     if seed is not None and generator is not None:
         raise ValueError("seed and generator are both given; give one of them")
     if seed is None:
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+        generators: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch
         for one in generators:
             if one is not None and not isinstance(one, torch.Generator):
                 raise ValueError(f"generator holds a {type(one).__name__}; allowed are torch.Generator, one or one a sample")
@@ -178,11 +178,11 @@ def _check_seeds(
             for one in generators
         ]
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-        # the first sample's key is the seed itself, so that seed=7 and seed=[7] agree; the rest are far from any other seed's
+        # the first key is the seed itself, so that seed=7 and seed=[7] agree; the others are shared with no other seed
         spread = [np.random.SeedSequence(int(seed) % 2**64, spawn_key=(i,)) for i in range(1, batch)]
         keys = [int(seed), *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
     else:
-        keys = [_check_seed(key) for key in seed]
+        keys = [_check_seed(key) for key in cast("Sequence[int]", seed)]
     return [(key + 2**63) % 2**64 - 2**63 for key in keys]
 
 

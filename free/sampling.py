@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from free_kernels import NOISE_STREAM, normal, posterior
 from tqdm.auto import tqdm
 
 from free.drafters import Drafter, as_drafter
@@ -18,6 +17,7 @@ from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
 from free.statistics import SamplingStatistics, Stopwatch
 from free.window import Live, Round, Setup, advance, first_window
+from free_kernels import NOISE_STREAM, normal, posterior
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -253,8 +253,9 @@ def _account(done: Round, live: Live, stats: SamplingStatistics, request: Reques
 
 
 def _non_finite(who: str, step: int, sample: int, process: ReverseProcess) -> NonFiniteOutputError:
+    timestep = process.timestep[step].item()
     return NonFiniteOutputError(
-        f"{who} returned NaN or infinity at step {int(step)} (timestep {process.timestep[step].item()}) of sample {int(sample)}"
+        f"{who} returned NaN or infinity at step {int(step)} (timestep {timestep}) of sample {int(sample)}"
     )
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from free_kernels import NOISE_STREAM, Verification, normal, verify
-from free_kernels.dispatch import resolve
 
 from free.drafters import Drafter, LastWindow, Situation
 from free.request import Request
 from free.statistics import Stopwatch
 from free.targets.base import TargetOutput, take_rows
+from free_kernels import NOISE_STREAM, Verification, normal, verify
+from free_kernels.dispatch import resolve
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def leading_finite(output: TargetOutput) -> torch.Tensor:
 
 @dataclass
 class NoiseWindow:
-    """The noise of the W steps that each sample has reached, so that no step's is drawn twice. A ring: step k is at k % W."""
+    """The noise of the W steps that each sample has reached, so that none is drawn twice. A ring: step k is at k % W."""
 
     ring: torch.Tensor
     """float32 [B, W, D]."""

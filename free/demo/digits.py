@@ -1,6 +1,7 @@
 """The digits DiT: real data that ships with scikit-learn, a target small enough to live in the package, its training.
 
-The weights in ``free/demo/weights`` are made by :func:`train_digits_dit` with its defaults (``free-dit demo --retrain``).
+The weights in ``free/demo/weights`` were made by :func:`train_digits_dit` with its defaults:
+``free-dit demo --retrain --weights free/demo/weights/digits_dit``.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from free_kernels import Proposal, anchor_index, guided, posterior
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Drafter(ABC):
     needs_features: bool = False
     """Whether the target's top-block feature is captured for the anchors."""
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
         """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""
 
     @abstractmethod

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from free_kernels import Proposal, propose
-
 from free.drafters.base import Drafter, Situation
+from free_kernels import Proposal, propose
 
 
 class _Hold(Drafter):

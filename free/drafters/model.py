@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from free_kernels import guided
 
 from free.drafters.base import Situation, StepDrafter
 from free.targets import Target, as_target
+from free_kernels import guided
 
 
 class ModelDrafter(StepDrafter):

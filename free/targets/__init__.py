@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from free.targets.base import Target, TargetOutput
-from free.targets.function import CallableTarget
 from free.targets.dit import DiTTarget
+from free.targets.function import CallableTarget
 
 __all__ = ["CallableTarget", "DiTTarget", "Target", "TargetOutput", "as_target"]
 

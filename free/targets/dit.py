@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -32,10 +32,10 @@ class DiTTarget(Target):
         max_forward_batch: int | None = None,
     ) -> None:
         super().__init__(model, max_forward_batch)
-        assert self.module is not None
-        config = self.module.config
+        self.transformer = cast(Any, self.module)
+        config = self.transformer.config
         self.channels = config.in_channels
-        self.null_class = config.num_embeds_ada_norm
+        self.null_class: int = config.num_embeds_ada_norm
         self.sample_shape = (self.channels, config.sample_size, config.sample_size)
         out_channels = config.out_channels or self.channels
         if out_channels not in (self.channels, 2 * self.channels):
@@ -103,8 +103,7 @@ class DiTTarget(Target):
         def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
             self._captured = output
 
-        assert self.module is not None
-        handle = self.module.transformer_blocks[-1].register_forward_hook(keep)
+        handle = self.transformer.transformer_blocks[-1].register_forward_hook(keep)
         self._capturing = True
         try:
             yield

@@ -78,7 +78,7 @@ class CallableTarget(Target):
 def _null_rows(name: str, null: Any, value: torch.Tensor) -> torch.Tensor:
     """The null of one keyword, repeated for each row of its conditional tensor."""
     null = torch.as_tensor(null, dtype=value.dtype, device=value.device)
-    if null.dim() == value.dim() and null.shape[0] != 1 or null.dim() not in (value.dim(), value.dim() - 1):
+    if (null.dim() == value.dim() and null.shape[0] != 1) or null.dim() not in (value.dim(), value.dim() - 1):
         raise ValueError(
             f"null_conditioning[{name!r}] has shape {tuple(null.shape)}; allowed is {tuple(value.shape[1:])}, "
             "with or without a leading axis of 1"

@@ -1,0 +1,82 @@
+"""``free-dit``: the console command (a command called ``free`` would hide the operating system's own)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0 done, 1 failed with a message, 2 wrong usage, 130 interrupted)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"free-dit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("free-dit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from free.version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="free-dit", description="Lossless speculative sampling for Diffusion Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"free-dit {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo",
+        help="draw ten digits step by step and speculatively, side by side",
+        description="Loads the digits DiT that ships with the package, draws one sample of each class at a time by both "
+        "samplers, prints a table and writes a picture.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
+    demo.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
+    demo.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
+    demo.add_argument("--drafter", default="hold-x0", help="hold-x0 or hold-output")
+    demo.add_argument("--per-class", type=_positive, default=1, help="samples of each class")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the first sample")
+    demo.add_argument("--output", type=Path, default=Path("free-dit-demo.png"), help="where the picture goes")
+    demo.add_argument(
+        "--weights", type=Path, default=None, help="folder of another digits DiT; the package's own if left out"
+    )
+    demo.add_argument(
+        "--retrain",
+        action="store_true",
+        help="train the digits DiT first, into --weights (or ./free-dit-digits); this is how the package's own were made",
+    )
+    demo.add_argument("--train-steps", type=_positive, default=None, help="training steps of --retrain, if not the usual")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from free.demo.run import run_demo
+
+    run_demo(
+        steps=arguments.steps,
+        window=arguments.window,
+        guidance_scale=arguments.guidance_scale,
+        drafter=arguments.drafter,
+        per_class=arguments.per_class,
+        seed=arguments.seed,
+        output=arguments.output,
+        weights=arguments.weights,
+        retrain=arguments.retrain,
+        train_steps=arguments.train_steps,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value

@@ -1,0 +1,169 @@
+"""``free-dit demo``: the ancestral and the speculative sampler side by side on the digits DiT."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from free.demo.digits import (
+    NUM_CLASSES,
+    DigitsTrainingConfig,
+    load_digits_dit,
+    recognised,
+    train_digits_dit,
+)
+from free.drafters import as_drafter
+from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
+
+
+@dataclass
+class Runs:
+    """One sampler's runs, one sample each."""
+
+    name: str
+    samples: torch.Tensor
+    """float32 [N, 1, 8, 8]."""
+    rounds: float
+    parallel_efficiency: float
+    forwards: float
+    seconds: float
+    """Median over the runs."""
+    recognised: float
+    accepted: np.ndarray
+    """int64 [S]."""
+    tested: np.ndarray
+    """int64 [S]."""
+
+
+def run_demo(
+    *,
+    steps: int,
+    window: int,
+    guidance_scale: float,
+    drafter: str,
+    per_class: int,
+    seed: int,
+    output: Path,
+    weights: Path | None,
+    retrain: bool,
+    train_steps: int | None,
+) -> tuple[Runs, Runs]:
+    """Draw ``per_class`` samples of each digit, one at a time, print the table and write the picture to ``output``.
+
+    Returns:
+        The ancestral runs and the speculative ones.
+
+    Raises:
+        ImportError: the demo's extra is not installed.
+        ValueError: an argument out of range.
+        OSError: ``output`` cannot be written, or there are no weights.
+    """
+    try:
+        import matplotlib
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the demo needs {error.name}: pip install 'free-dit[demo]'") from error
+    matplotlib.use("Agg")
+    as_drafter(drafter)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output is {str(output)!r}, and its folder does not exist")
+    if retrain:
+        config = DigitsTrainingConfig()
+        if train_steps is not None:
+            config = dataclasses.replace(config, num_steps=train_steps)
+        weights = weights or Path("free-dit-digits")
+        train_digits_dit(weights, config)
+        print(f"trained weights: {weights}")
+    model = load_digits_dit(weights)
+
+    labels = torch.arange(NUM_CLASSES).repeat(per_class)
+    ancestral: list[SamplingOutput] = []
+    speculative: list[SamplingOutput] = []
+    speculative_sample(model, drafter, class_labels=0, num_inference_steps=min(steps, 20), window=window)  # warm-up
+    # the two take turns, so that a busy machine slows both
+    for i, label in enumerate(tqdm(labels.tolist(), desc="digits, one at a time", unit="sample")):
+        ancestral.append(
+            ancestral_sample(
+                model, class_labels=label, num_inference_steps=steps, guidance_scale=guidance_scale, seed=seed + i
+            )
+        )
+        speculative.append(
+            speculative_sample(
+                model,
+                drafter,
+                class_labels=label,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                window=window,
+                seed=seed + i,
+            )
+        )
+    both = _gather("ancestral", ancestral, labels), _gather(f"speculative, {drafter}", speculative, labels)
+    print(f"\nDigits DiT, S={steps}, W={window}, guidance {guidance_scale}, {len(labels)} samples one at a time, CPU")
+    print(_table(both))
+    _draw(both, output)
+    print(f"\npicture: {output}")
+    return both
+
+
+def _gather(name: str, runs: list[SamplingOutput], labels: torch.Tensor) -> Runs:
+    samples = torch.cat([run.samples for run in runs])
+    stats = [run.stats for run in runs]
+    return Runs(
+        name,
+        samples,
+        float(np.mean([one.rounds.mean() for one in stats])),
+        float(np.mean([one.parallel_efficiency for one in stats])),
+        float(np.mean([one.forwards for one in stats])),
+        float(np.median([one.total_seconds for one in stats])),
+        recognised(samples, labels).float().mean().item(),
+        np.sum([one.accepted for one in stats], axis=0),
+        np.sum([one.tested for one in stats], axis=0),
+    )
+
+
+def _table(both: tuple[Runs, Runs]) -> str:
+    header = ("sampler", "rounds", "efficiency", "forwards", "seconds", "speed-up", "recognised")
+    rows = [
+        (
+            run.name,
+            f"{run.rounds:.1f}",
+            f"{run.parallel_efficiency:.2f}",
+            f"{run.forwards:.1f}",
+            f"{run.seconds:.3f}",
+            f"{both[0].seconds / run.seconds:.2f}x",
+            f"{run.recognised:.0%}",
+        )
+        for run in both
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join((*lines, "per sample; seconds are medians"))
+
+
+def _draw(both: tuple[Runs, Runs], output: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, 1, figsize=(8, 5), height_ratios=(1, 1, 2.2), layout="constrained")
+    for axis, run in zip(axes, both, strict=False):
+        grid = run.samples[:, 0].unflatten(0, (-1, NUM_CLASSES))  # [per class, 10, 8, 8]
+        tiled = torch.nn.functional.pad(grid, (1, 1, 1, 1), value=-1.0).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        axis.imshow(tiled.clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(f"{run.name}: {run.rounds:.0f} rounds, {run.seconds:.2f} s a sample", fontsize=10)
+        axis.axis("off")
+    run = both[1]
+    bins = min(25, len(run.tested))
+    edges = np.linspace(0, len(run.tested), bins + 1).astype(int)
+    tested = np.add.reduceat(run.tested, edges[:-1])
+    accepted = np.add.reduceat(run.accepted, edges[:-1])
+    share = np.divide(accepted, tested, out=np.full(bins, np.nan), where=tested > 0)
+    axes[2].plot((edges[:-1] + edges[1:]) / 2, share, marker="o")
+    axes[2].set(xlabel="step (noise to data)", ylabel="drafts accepted", ylim=(0, 1.02), xlim=(0, len(run.tested)))
+    axes[2].grid(alpha=0.3)
+    figure.savefig(output, dpi=130)
+    pyplot.close(figure)
