@@ -87,13 +87,17 @@ def check_request(
     if latents is not None and (not isinstance(latents, torch.Tensor) or latents.dtype not in LATENT_DTYPES):
         given = f"dtype {latents.dtype}" if isinstance(latents, torch.Tensor) else f"type {type(latents).__name__}"
         raise ValueError(f"latents has {given}; allowed are {', '.join(map(str, LATENT_DTYPES))}")
+    if latents is not None and latents.dim() < 2:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; allowed is (samples, *shape of one sample)")
+    if latents is not None and not torch.isfinite(latents).all():
+        raise ValueError("latents holds NaN or infinity; allowed are finite numbers")
     if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
         raise ValueError(f"num_samples is {num_samples!r}; allowed is an int, 1 or more")
 
     # every argument that speaks of a number of samples must speak of the same one
     spoken = {
         "num_samples": num_samples,
-        "seed": None if seed is None or isinstance(seed, int) else len(seed),
+        "seed": _seed_count(seed),
         "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
         "latents": None if latents is None else len(latents),
     }
@@ -140,9 +144,9 @@ def _check_process(
 def _check_shape(target: Target, shape: Sequence[int] | None, latents: torch.Tensor | None) -> tuple[int, ...]:
     """The shape of one sample, on which the model, ``shape`` and ``latents`` must agree."""
     if shape is not None:
-        shape = tuple(shape)
+        given, shape = shape, tuple(shape) if hasattr(shape, "__iter__") else ()
         if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
-            raise ValueError(f"shape is {shape}; allowed are positive ints, the shape of one sample without a batch axis")
+            raise ValueError(f"shape is {given}; allowed are positive ints, the shape of one sample without a batch axis")
     expected = target.sample_shape or shape or (tuple(latents.shape[1:]) if latents is not None else None)
     if not expected:
         raise ValueError("shape is missing: a callable model does not say what one sample looks like; give shape or latents")
@@ -162,6 +166,23 @@ def _device(target: Target, latents: torch.Tensor | None, conditioning: dict[str
     return next((value.device for value in conditioning.values() if has_rows(value)), torch.device("cpu"))
 
 
+def _is_int(value: Any) -> TypeGuard[int]:
+    """A Python, numpy or torch integer, and no bool."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.dtype != torch.bool and not value.is_floating_point()
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _seed_count(seed: Any) -> int | None:
+    """How many samples a seed speaks of: None for one integer, or none at all."""
+    if seed is None or _is_int(seed):
+        return None
+    try:
+        return len(seed)
+    except TypeError:
+        raise ValueError(f"seed is {seed!r}; allowed is an int, or one int a sample") from None
+
+
 def _check_seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[int]:
@@ -177,18 +198,17 @@ def _check_seeds(
             int(torch.randint(2**63 - 1, (), generator=one, device=one.device if one is not None else "cpu"))
             for one in generators
         ]
-    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+    if _is_int(seed):
         # the first key is the seed itself, so that seed=7 and seed=[7] agree; the others are shared with no other seed
-        spread = [np.random.SeedSequence(int(seed) % 2**64, spawn_key=(i,)) for i in range(1, batch)]
-        keys = [int(seed), *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
+        first = int(cast(int, seed))
+        spread = [np.random.SeedSequence(first % 2**64, spawn_key=(i,)) for i in range(1, batch)]
+        keys = [first, *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
     else:
         keys = [_check_seed(key) for key in cast("Sequence[int]", seed)]
     return [(key + 2**63) % 2**64 - 2**63 for key in keys]
 
 
 def _check_seed(key: Any) -> int:
-    if isinstance(key, bool) or not (
-        isinstance(key, (int, np.integer)) or (isinstance(key, torch.Tensor) and key.dim() == 0)
-    ):
+    if not _is_int(key):
         raise ValueError(f"seed holds {key!r}; allowed are ints, one a sample")
     return int(key)

@@ -18,7 +18,7 @@ from free.drafters import Drafter, LastWindow, Situation
 from free.request import Request
 from free.statistics import Stopwatch
 from free.targets.base import TargetOutput, take_rows
-from free_kernels import NOISE_STREAM, Verification, normal, verify
+from free_kernels import NOISE_STREAM, TEST_STREAM, Verification, normal, uniform, verify
 from free_kernels.dispatch import resolve
 
 
@@ -75,7 +75,8 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     zeros = state.new_zeros(batch, setup.window, numel)
     last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if setup.request.guided else None)
     stored = resolve(setup.impl, seed.device) == "reference"
-    return Live(index, seed, step, state, last, NoiseWindow(torch.empty_like(zeros), step) if stored else None)
+    noise = NoiseWindow.empty(seed, setup.window, numel) if stored else None
+    return Live(index, seed, step, state, last, noise)
 
 
 def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
@@ -86,7 +87,7 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
     length = (process.exact_step[step] - step + 1).clamp(max=setup.window)  # [B]
 
     with watch("draft"):
-        noise = live.noise.reach(live.seed, step) if live.noise else None
+        noise, uniforms = live.noise.reach(live.seed, step) if live.noise else (None, None)
         situation = Situation(
             live.state,
             step,
@@ -117,6 +118,7 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
             unconditional_output=output.unconditional,
             guidance_scale=request.guidance_scale,
             noise=noise,
+            uniforms=uniforms,
             impl=setup.impl,
         )
 
@@ -133,19 +135,20 @@ def evaluate(
     """The target at the first ``length`` states of each window, in one forward. Outputs [B, W, D], zeros beyond."""
     batch, window, _ = states.shape
     column = torch.arange(window, device=step.device)
-    rows = (column < length[:, None]).flatten().nonzero()[:, 0]  # [N]
-    sample = rows // window
-    timestep = request.process.timestep[step[sample] + rows % window]
+    sample = torch.arange(batch, device=step.device).repeat_interleave(window)  # [N], the row of each state
+    steps, flat = (step[:, None] + column).flatten(), states.flatten(0, 1)
+    whole = bool((length == window).all())
+    if not whole:
+        rows = (column < length[:, None]).flatten().nonzero()[:, 0]
+        sample, steps, flat = sample[rows], steps[rows], flat[rows]
+    timestep = request.process.timestep[steps]
     conditioning = take_rows(request.conditioning, index[sample])
-    flat = states.flatten(0, 1)
-    if len(rows) < len(flat):
-        flat = flat[rows]
     evaluated = request.target.evaluate(flat.view(-1, *request.sample_shape), timestep, conditioning, request.guided)
 
     def window_of(values: torch.Tensor | None, flatten_from: int) -> torch.Tensor | None:
         if values is None:
             return None
-        if len(rows) < batch * window:
+        if not whole:
             padded = values.new_zeros(batch * window, *values.shape[1:])
             padded[rows] = values
             values = padded
@@ -161,38 +164,65 @@ def leading_finite(output: TargetOutput) -> torch.Tensor:
 
     An abandoned state may be one that the target overflows at; it must not become an anchor.
     """
-    finite = torch.isfinite(output.output).all(-1)
+    total = output.output.sum(-1, dtype=torch.float32)  # [B, W]; a sum shows what is not finite in it
     if output.unconditional is not None:
-        finite &= torch.isfinite(output.unconditional).all(-1)
-    return finite.long().cumprod(-1).sum(-1)
+        total = total + output.unconditional.sum(-1, dtype=torch.float32)
+    return torch.isfinite(total).cumprod(-1).sum(-1)
 
 
-@dataclass
+# noise is drawn a few windows ahead while that is little: a call costs more than its numbers when they are few
+_WINDOWS_AHEAD = 4
+_NUMBERS_AHEAD = 2**16
+
+
 class NoiseWindow:
-    """The noise of the W steps that each sample has reached, so that none is drawn twice. A ring: step k is at k % W."""
+    """The noise and the test uniforms of the steps that each sample has reached, so that none is drawn twice.
 
-    ring: torch.Tensor
-    """float32 [B, W, D]."""
-    drawn: torch.Tensor
-    """int64 [B]: steps below this one are in the ring, or were."""
+    A ring of a fixed number of steps, a few windows: step k of a sample is in slot k % capacity.
+    """
 
-    def reach(self, seed: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """z of steps ``step`` … ``step + W - 1`` for each sample: [B, W, D]."""
-        batch, window, numel = self.ring.shape
-        steps = step[:, None] + torch.arange(window, device=step.device)  # [B, W]
-        missing = (steps >= self.drawn[:, None]).flatten().nonzero()[:, 0]
-        slots = torch.arange(batch, device=step.device)[:, None] * window + steps % window  # [B, W] into the flat ring
-        if len(missing):
-            drawn = normal(seed[missing // window], steps.flatten()[missing], numel, stream=NOISE_STREAM)
-            self.ring.view(-1, numel)[slots.flatten()[missing]] = drawn
-        self.drawn = step + window
-        return self.ring.view(-1, numel)[slots]
+    def __init__(self, noise: torch.Tensor, uniforms: torch.Tensor, drawn: torch.Tensor, window: int) -> None:
+        self.noise = noise  # float32 [B, capacity, D]
+        self.uniforms = uniforms  # float32 [B, capacity]
+        self.drawn = drawn  # int64 [B]: steps below this one are in the ring, or were
+        self.window = window
+
+    @classmethod
+    def empty(cls, seed: torch.Tensor, window: int, numel: int) -> NoiseWindow:
+        affordable = _NUMBERS_AHEAD // (len(seed) * window * numel)
+        capacity = window * max(1, min(_WINDOWS_AHEAD, affordable))
+        noise = torch.empty(len(seed), capacity, numel, device=seed.device)
+        return cls(noise, torch.empty(len(seed), capacity, device=seed.device), torch.zeros_like(seed), window)
+
+    def reach(self, seed: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z and u of steps ``step`` … ``step + W - 1`` of each sample: [B, W, D] and [B, W]."""
+        batch, capacity, _ = self.noise.shape
+        if bool((step + self.window > self.drawn).any()):
+            self._draw(seed, step)
+        slots = (step[:, None] + torch.arange(self.window, device=step.device)) % capacity
+        row = torch.arange(batch, device=step.device)[:, None]
+        return self.noise[row, slots], self.uniforms[row, slots]
+
+    def keep(self, rows: torch.Tensor) -> NoiseWindow:
+        return NoiseWindow(self.noise[rows], self.uniforms[rows], self.drawn[rows], self.window)
+
+    def _draw(self, seed: torch.Tensor, step: torch.Tensor) -> None:
+        """Fill the ring up to its capacity from ``step`` on."""
+        capacity = self.noise.shape[1]
+        steps = step[:, None] + torch.arange(capacity, device=step.device)  # [B, capacity]
+        row, column = (steps >= self.drawn[:, None]).nonzero(as_tuple=True)
+        keys, steps = seed[row], steps[row, column]
+        self.noise[row, steps % capacity] = normal(keys, steps, self.noise.shape[2], stream=NOISE_STREAM)
+        self.uniforms[row, steps % capacity] = uniform(keys, steps, stream=TEST_STREAM)
+        self.drawn = step + capacity
 
 
 def _take(value: Any, rows: torch.Tensor) -> Any:
     """The rows of every tensor in a dataclass of tensors and such dataclasses."""
     if isinstance(value, torch.Tensor):
         return value[rows]
+    if isinstance(value, NoiseWindow):
+        return value.keep(rows)
     if value is None:
         return None
     return type(value)(*(_take(getattr(value, entry.name), rows) for entry in fields(value)))

@@ -20,7 +20,7 @@ def guided(output: torch.Tensor, unconditional: torch.Tensor | None, scale: floa
 
 def at_step(column: torch.Tensor, step: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A column of the table at each step, with a last axis of one: [*step.shape, 1]."""
-    return column[step].to(dtype).unsqueeze(-1)
+    return torch.take(column, step).to(dtype).unsqueeze(-1)
 
 
 def step_mean(state: torch.Tensor, output: torch.Tensor, step: torch.Tensor, table: StepTable) -> torch.Tensor:

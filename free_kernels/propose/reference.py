@@ -41,9 +41,8 @@ def propose(
     numel = state.shape[-1]
     states = state.new_empty(state.shape[0], window, numel, dtype=dtype)
     states[:, 0] = state
-    drafted = states.new_empty(state.shape[0], window - 1, numel)
     if window == 1:
-        return Proposal(states, drafted)
+        return Proposal(states, states[:, 1:])
     last = table.num_steps - 1
     steps = (step[:, None] + torch.arange(window - 1, device=step.device)).clamp_(max=last)  # [B, W-1]
     if noise is None:
@@ -55,15 +54,29 @@ def propose(
     if unconditional_anchor_outputs is not None:
         unconditional_anchor_outputs = unconditional_anchor_outputs.gather(1, column)
     held = guided(anchor_outputs.gather(1, column), unconditional_anchor_outputs, guidance_scale, dtype)
-    if draft == "hold-x0":
-        held = x0_estimate(anchor_states.gather(1, column).to(dtype), held, anchor_steps, table)  # [B, W-1, D]
-    x0_state_coef = at_step(table.x0_state_coef, steps, dtype)
-    x0_model_coef = at_step(table.x0_model_coef, steps, dtype)
     scaled_noise = at_step(table.std, steps, dtype) * noise[:, : window - 1].to(dtype)
-    for j in range(window - 1):
-        current, output = states[:, j], held[:, j]
-        if draft == "hold-x0":
-            output = (output - x0_state_coef[:, j] * current) / x0_model_coef[:, j]
-        drafted[:, j] = output
-        states[:, j + 1] = step_mean(current, output, steps[:, j], table) + scaled_noise[:, j]
-    return Proposal(states, drafted)
+    if draft == "hold-output" and table.clip_range is not None:
+        for j in range(window - 1):
+            states[:, j + 1] = step_mean(states[:, j], held[:, j], steps[:, j], table) + scaled_noise[:, j]
+        return Proposal(states, held)
+
+    # the rest is linear in the state: s[j+1] = slope[j] * s[j] + drive[j]
+    if draft == "hold-output":
+        slope, gain = at_step(table.state_coef, steps, dtype), at_step(table.model_coef, steps, dtype)
+        drive = gain * held + scaled_noise
+    else:
+        x0 = x0_estimate(anchor_states.gather(1, column).to(dtype), held, anchor_steps, table)  # [B, W-1, D]
+        x0_state_coef, x0_model_coef = at_step(table.x0_state_coef, steps, dtype), at_step(table.x0_model_coef, steps, dtype)
+        if table.clip_range is None:
+            gain = at_step(table.model_coef, steps, dtype) / x0_model_coef
+            slope = at_step(table.state_coef, steps, dtype) - gain * x0_state_coef
+            drive = gain * x0 + scaled_noise
+        else:
+            slope, gain = at_step(table.clip_state_coef, steps, dtype), at_step(table.clip_x0_coef, steps, dtype)
+            drive = gain * x0.clamp(-table.clip_range, table.clip_range) + scaled_noise
+    path = states.unbind(1)
+    for current, following, a, b in zip(path, path[1:], slope.unbind(1), drive.unbind(1), strict=False):
+        torch.addcmul(b, a, current, out=following)
+    if draft == "hold-x0":
+        held = (x0 - x0_state_coef * states[:, :-1]) / x0_model_coef
+    return Proposal(states, held)

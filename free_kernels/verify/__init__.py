@@ -41,6 +41,7 @@ def verify(
     unconditional_output: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     noise: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> Verification:
     """Reflection-maximal coupling of each drafted step with the target's, first rejection ends the window.
@@ -59,6 +60,7 @@ def verify(
         table: the process, columns [S].
         unconditional_output, guidance_scale: as in :func:`free_kernels.posterior`.
         noise: z [B, W, D] if it is at hand; it must be ``normal(seed, step + j, D)``, which is used when left out.
+        uniforms: u [B, W-1] (or more columns) if it is at hand; it must be ``uniform(seed, step + j)``, likewise.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -79,6 +81,10 @@ def verify(
     check_guidance(target_output, unconditional_output, guidance_scale)
     if noise is not None:
         check_values("noise", noise, states.shape, states.device)
+    if uniforms is not None:
+        check_values("uniforms", uniforms, (batch, None), states.device)
+        if uniforms.shape[1] < window - 1:
+            raise ValueError(f"uniforms has {uniforms.shape[1]} columns; a window of {window} needs {window - 1}")
     resolve(impl, states.device)
     return reference.verify(
         states,
@@ -91,4 +97,5 @@ def verify(
         unconditional_output,
         guidance_scale,
         noise,
+        uniforms,
     )

@@ -28,6 +28,7 @@ def verify(
     unconditional_output: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
 ) -> Verification:
     from free_kernels.verify import Verification
 
@@ -43,22 +44,22 @@ def verify(
     drafts = window - 1
     delta = mean_difference(states[:, :drafts], output[:, :drafts], draft_output.to(dtype), steps[:, :drafts], table)
     log_ratio, inner, squared_norm = log_acceptance(noise[:, :drafts], delta)  # [B, W-1] each
-    u = uniform(seed[:, None], steps[:, :drafts], TEST_STREAM, dtype)
-    tested = column[:drafts] < length[:, None] - 1
-    rejections = ~(u.log() <= log_ratio) & tested  # NaN compares false, so it rejects
 
     # the settled window ends at the first rejection, or at its exact last step
-    rejected = rejections.any(-1)
-    last = (length - 1).clamp(min=0)
+    row, last = torch.arange(batch, device=step.device), (length - 1).clamp_(min=0)
+    rejected = torch.zeros_like(length, dtype=torch.bool)
     if drafts:
-        last = torch.where(rejected, rejections.int().argmax(-1), last)  # [B]
-    row = torch.arange(batch, device=step.device)
-    final_noise = noise[row, last]
+        if uniforms is None:
+            uniforms = uniform(seed[:, None], steps[:, :drafts], TEST_STREAM, dtype)
+        log_u = uniforms[:, :drafts].to(dtype).log()
+        rejections = ~(log_u <= log_ratio) & (column[:drafts] < last[:, None])  # NaN compares false, so it rejects
+        rejected, first = rejections.max(-1)
+        last = torch.where(rejected, first, last)  # [B]
+    final_noise, final_step = noise[row, last], steps[row, last]
     if drafts:
         drafted = last.clamp(max=drafts - 1)
         reflected = householder(final_noise, delta[row, drafted], inner[row, drafted], squared_norm[row, drafted])
         final_noise = torch.where(rejected[:, None], reflected, final_noise)
-    final_step = steps[row, last]
     mean = step_mean(states[row, last], output[row, last], final_step, table)
     next_state = mean + at_step(table.std, final_step, dtype) * final_noise
     next_state = torch.where(length[:, None] > 0, next_state, states[:, 0])
