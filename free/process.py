@@ -229,13 +229,15 @@ class ReverseProcess:
             )
         if variance is None:
             variance = _scheduler_variance(config)
-        if isinstance(variance, str) and variance not in VARIANCES:
+        if not isinstance(variance, torch.Tensor) and variance not in VARIANCES:
             raise ValueError(f"variance is {variance!r}; known are {_known(VARIANCES)} or a tensor of variances")
         steps = _check_count("num_inference_steps", num_inference_steps, config.num_train_timesteps)
         _check_noise_level(stochasticity, eta, variance)
 
         # a scheduler of our own: set_timesteps would change the user's
-        scheduler = DDPMScheduler.from_config(config, variance_type="fixed_small")
+        # (from_config would forget what was given to the scheduler by position: diffusers counts it as a default)
+        values = {name: value for name, value in config.items() if name != "_use_default_values"}
+        scheduler = DDPMScheduler.from_config(values, variance_type="fixed_small")
         scheduler.set_timesteps(steps)
         timestep = scheduler.timesteps.clone()
         if timestep.max() >= config.num_train_timesteps:

@@ -49,7 +49,7 @@ class Request:
     def initial_state(self) -> torch.Tensor:
         """float32 [B, D]: the caller's latents, or standard normal noise of the seeds' own stream."""
         if self.latents is not None:
-            return self.latents
+            return self.latents.clone()
         numel = int(np.prod(self.sample_shape))
         return normal(self.seed, torch.zeros_like(self.seed), numel, stream=LATENT_STREAM)
 
@@ -166,7 +166,7 @@ def _device(target: Target, latents: torch.Tensor | None, conditioning: dict[str
     return next((value.device for value in conditioning.values() if has_rows(value)), torch.device("cpu"))
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
+def _is_int(value: Any) -> bool:
     """A Python, numpy or torch integer, and no bool."""
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and value.dtype != torch.bool and not value.is_floating_point()
@@ -200,7 +200,7 @@ def _check_seeds(
         ]
     if _is_int(seed):
         # the first key is the seed itself, so that seed=7 and seed=[7] agree; the others are shared with no other seed
-        first = int(cast(int, seed))
+        first = _check_seed(seed)
         spread = [np.random.SeedSequence(first % 2**64, spawn_key=(i,)) for i in range(1, batch)]
         keys = [first, *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
     else:

@@ -156,7 +156,7 @@ def evaluate(
 
     output = window_of(evaluated.output, 2)
     assert output is not None
-    return TargetOutput(output, window_of(evaluated.unconditional, 2), window_of(evaluated.feature, 4))
+    return TargetOutput(output, window_of(evaluated.unconditional, 2), window_of(evaluated.feature, 3))
 
 
 def leading_finite(output: TargetOutput) -> torch.Tensor:

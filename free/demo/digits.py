@@ -6,32 +6,16 @@ The weights in ``free/demo/weights`` were made by :func:`train_digits_dit` with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
+from diffusers import DiTTransformer2DModel
+
+from free.training import TargetTrainingConfig, train_target
 
 NUM_CLASSES = 10
-
-
-@dataclass(frozen=True)
-class DigitsTrainingConfig:
-    """How the embedded weights are made; the defaults made those in the package."""
-
-    num_steps: int = 8000
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-    warmup_steps: int = 200
-    ema_decay: float = 0.999
-    label_dropout: float = 0.1
-    seed: int = 0
 
 
 def weights_path() -> Path:
@@ -79,27 +63,27 @@ def recognised(samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def train_digits_dit(
-    output_dir: str | Path,
-    config: DigitsTrainingConfig | None = None,
-    progress: bool = True,
+    output_dir: str | Path, config: TargetTrainingConfig | None = None, progress: bool = True
 ) -> DiTTransformer2DModel:
-    """Train the digits DiT by denoising (epsilon prediction, linear betas) and save its EMA weights in float16.
-
-    Args:
-        output_dir: folder for ``config.json`` and the safetensors file.
-        config: training settings; the defaults made the embedded weights.
-        progress: show a progress bar.
+    """Train the digits DiT and save it; the default ``config`` made the embedded weights.
 
     Returns:
-        The trained model (EMA weights), in eval mode.
+        The trained model, in eval mode.
 
     Raises:
         FloatingPointError: the loss turned NaN; nothing is saved.
     """
-    config = config or DigitsTrainingConfig()
-    torch.manual_seed(config.seed)
     images, labels = digits_data()
-    model = DiTTransformer2DModel(
+
+    def draw_batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randint(len(images), (size,))
+        return images[rows], labels[rows]
+
+    return train_target(_untrained, draw_batch, output_dir, config, progress)
+
+
+def _untrained() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=1,
@@ -108,42 +92,3 @@ def train_digits_dit(
         patch_size=2,
         num_embeds_ada_norm=NUM_CLASSES,
     )
-    _zero_gates(model)
-    noise_schedule = DDPMScheduler(clip_sample=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.num_steps)
-    ema = EMAModel(model.parameters(), decay=config.ema_decay)
-    # dropping labels by hand: the null class is written where diffusers' random drop would put it
-    model.eval()
-    steps = tqdm(range(config.num_steps), desc="digits DiT", disable=not progress)
-    for iteration in steps:
-        rows = torch.randint(len(images), (config.batch_size,))
-        clean, label = images[rows], labels[rows]
-        label = torch.where(torch.rand(config.batch_size) < config.label_dropout, NUM_CLASSES, label)
-        timestep = torch.randint(noise_schedule.config.num_train_timesteps, (config.batch_size,))
-        noise = torch.randn_like(clean)
-        predicted = model(noise_schedule.add_noise(clean, noise, timestep), timestep, label).sample
-        loss = torch.nn.functional.mse_loss(predicted, noise)
-        if iteration % 100 == 0:
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at training step {iteration}; nothing was saved")
-            steps.set_postfix(loss=f"{loss.item():.4f}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.step(model.parameters())
-    ema.copy_to(model.parameters())
-    model.half().save_pretrained(output_dir, safe_serialization=True)
-    return model.float().eval()
-
-
-def _zero_gates(model: DiTTransformer2DModel) -> None:
-    """adaLN-Zero (Peebles & Xie 2023, section 3.2): every block starts as the identity, the output as zero."""
-    for block in model.transformer_blocks:
-        torch.nn.init.zeros_(block.norm1.linear.weight)
-        torch.nn.init.zeros_(block.norm1.linear.bias)
-    for layer in (model.proj_out_1, model.proj_out_2):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from free.demo.digits import (
     NUM_CLASSES,
-    DigitsTrainingConfig,
     load_digits_dit,
     recognised,
     train_digits_dit,
 )
 from free.drafters import as_drafter
 from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
+from free.training import TargetTrainingConfig
 
 
 @dataclass
@@ -73,7 +73,7 @@ def run_demo(
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output is {str(output)!r}, and its folder does not exist")
     if retrain:
-        config = DigitsTrainingConfig()
+        config = TargetTrainingConfig()
         if train_steps is not None:
             config = dataclasses.replace(config, num_steps=train_steps)
         weights = weights or Path("free-dit-digits")

@@ -8,6 +8,7 @@ from typing import Any
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.model import ModelDrafter
+from free.targets import Target
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, HoldOutput.name: HoldOutput}
 """The drafters that need no weights, by name."""
@@ -40,6 +41,6 @@ def as_drafter(drafter: Any) -> Drafter:
         return DRAFTERS[drafter]()
     if isinstance(drafter, Drafter):
         return drafter
-    if isinstance(drafter, type) or not callable(drafter):
+    if isinstance(drafter, type) or not (callable(drafter) or isinstance(drafter, Target)):
         raise TypeError(f"drafter is a {type(drafter).__name__}; allowed are a name, a Drafter, or a model")
     return ModelDrafter(drafter)

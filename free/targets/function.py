@@ -59,7 +59,11 @@ class CallableTarget(Target):
         rows = len(states)
         inputs = states.to(self.dtype)
         if guided:
-            assert self.null_conditioning is not None
+            if self.null_conditioning is None:  # a drafter's: the target's was checked with the caller's arguments
+                raise ValueError(
+                    "guidance is asked of a model without an unconditional half; use free.as_target(model, "
+                    "null_conditioning={...})"
+                )
             inputs, timestep = torch.cat((inputs, inputs)), torch.cat((timestep, timestep))
             conditioning = {
                 name: torch.cat((value, _null_rows(name, self.null_conditioning[name], value))) if has_rows(value) else value
@@ -78,7 +82,7 @@ class CallableTarget(Target):
 def _null_rows(name: str, null: Any, value: torch.Tensor) -> torch.Tensor:
     """The null of one keyword, repeated for each row of its conditional tensor."""
     null = torch.as_tensor(null, dtype=value.dtype, device=value.device)
-    if (null.dim() == value.dim() and null.shape[0] != 1) or null.dim() not in (value.dim(), value.dim() - 1):
+    if tuple(null.shape) not in (tuple(value.shape[1:]), (1, *value.shape[1:])):
         raise ValueError(
             f"null_conditioning[{name!r}] has shape {tuple(null.shape)}; allowed is {tuple(value.shape[1:])}, "
             "with or without a leading axis of 1"

@@ -71,10 +71,21 @@ def acceptance(
     check_guidance(target_output, unconditional_output, guidance_scale)
     if noise is not None:
         check_values("noise", noise, state.shape, state.device)
-    resolve(impl, state.device)
-    return reference.acceptance(
-        state, target_output, draft_output, seed, step, table, unconditional_output, guidance_scale, noise
+    arguments = (state, target_output, draft_output, seed, step, table, unconditional_output, guidance_scale, noise)
+    chosen = resolve(
+        impl,
+        state.device,
+        state=state,
+        target_output=target_output,
+        draft_output=draft_output,
+        unconditional_output=unconditional_output,
+        noise=noise,
     )
+    if chosen == "triton":
+        from free_kernels.acceptance import kernel
+
+        return Acceptance(*kernel.acceptance(*arguments))
+    return reference.acceptance(*arguments)
 
 
 def acceptance_from_means(
@@ -102,5 +113,9 @@ def acceptance_from_means(
     check_values("target_mean", target_mean, proposal.shape, proposal.device)
     check_values("draft_mean", draft_mean, proposal.shape, proposal.device)
     check_values("std", std, proposal.shape[:1], proposal.device)
-    resolve(impl, proposal.device)
+    chosen = resolve(impl, proposal.device, proposal=proposal, target_mean=target_mean, draft_mean=draft_mean, std=std)
+    if chosen == "triton":
+        from free_kernels.acceptance import kernel
+
+        return Acceptance(*kernel.acceptance_from_means(proposal, target_mean, draft_mean, std))
     return reference.acceptance_from_means(proposal, target_mean, draft_mean, std)

@@ -36,5 +36,8 @@ def householder(
     check_values("delta", delta, noise.shape, noise.device)
     check_values("inner", inner, noise.shape[:1], noise.device)
     check_values("squared_norm", squared_norm, noise.shape[:1], noise.device)
-    resolve(impl, noise.device)
+    if resolve(impl, noise.device, noise=noise, delta=delta, inner=inner, squared_norm=squared_norm) == "triton":
+        from free_kernels.householder import kernel
+
+        return kernel.householder(noise, delta, inner, squared_norm)
     return reference.householder(noise, delta, inner, squared_norm)

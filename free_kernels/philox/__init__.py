@@ -37,7 +37,10 @@ def philox(
         ValueError: a wrong dtype, device or count.
     """
     _check(seed, step, num_counters, stream, "num_counters")
-    resolve(impl, seed.device)
+    if resolve(impl, seed.device) == "triton":
+        from free_kernels.philox import kernel
+
+        return kernel.philox(seed, step, num_counters, stream)
     radius_words, angle_words = reference.philox_pairs(seed, step, num_counters, stream)
     # [2, *shape, n] twice -> [*shape, n, 4] in the generator's own order
     return torch.stack((radius_words, angle_words), dim=-1).movedim(0, -2).flatten(-2)
@@ -63,7 +66,10 @@ def normal(
         ValueError: a wrong dtype, device or count.
     """
     _check(seed, step, numel, stream, "numel")
-    resolve(impl, seed.device)
+    if resolve(impl, seed.device, dtype=dtype) == "triton":
+        from free_kernels.philox import kernel
+
+        return kernel.normal(seed, step, numel, stream, dtype)
     return reference.normal(seed, step, numel, stream, dtype)
 
 
@@ -84,7 +90,10 @@ def uniform(
         ValueError: a wrong dtype or device.
     """
     _check(seed, step, 1, stream, "numel")
-    resolve(impl, seed.device)
+    if resolve(impl, seed.device, dtype=dtype) == "triton":
+        from free_kernels.philox import kernel
+
+        return kernel.uniform(seed, step, stream, dtype)
     return reference.uniform(seed, step, stream, dtype)
 
 

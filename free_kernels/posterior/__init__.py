@@ -53,5 +53,10 @@ def posterior(
     check_guidance(output, unconditional_output, guidance_scale)
     if noise is not None:
         check_values("noise", noise, (batch, numel), state.device)
-    resolve(impl, state.device)
-    return reference.posterior(state, output, seed, step, table, unconditional_output, guidance_scale, noise)
+    arguments = (state, output, seed, step, table, unconditional_output, guidance_scale, noise)
+    chosen = resolve(impl, state.device, state=state, output=output, unconditional_output=unconditional_output, noise=noise)
+    if chosen == "triton":
+        from free_kernels.posterior import kernel
+
+        return kernel.posterior(*arguments)
+    return reference.posterior(*arguments)

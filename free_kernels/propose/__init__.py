@@ -86,8 +86,7 @@ def propose(
         check_values("noise", noise, (batch, None, numel), state.device)
         if noise.shape[1] < window - 1:
             raise ValueError(f"noise has {noise.shape[1]} columns; a window of {window} needs {window - 1}")
-    resolve(impl, state.device)
-    return reference.propose(
+    arguments = (
         state,
         seed,
         step,
@@ -102,3 +101,17 @@ def propose(
         guidance_scale,
         noise,
     )
+    chosen = resolve(
+        impl,
+        state.device,
+        state=state,
+        anchor_states=anchor_states,
+        anchor_outputs=anchor_outputs,
+        unconditional_anchor_outputs=unconditional_anchor_outputs,
+        noise=noise,
+    )
+    if chosen == "triton":
+        from free_kernels.propose import kernel
+
+        return Proposal(*kernel.propose(*arguments))
+    return reference.propose(*arguments)

@@ -85,8 +85,7 @@ def verify(
         check_values("uniforms", uniforms, (batch, None), states.device)
         if uniforms.shape[1] < window - 1:
             raise ValueError(f"uniforms has {uniforms.shape[1]} columns; a window of {window} needs {window - 1}")
-    resolve(impl, states.device)
-    return reference.verify(
+    arguments = (
         states,
         target_output,
         draft_output,
@@ -99,3 +98,18 @@ def verify(
         noise,
         uniforms,
     )
+    chosen = resolve(
+        impl,
+        states.device,
+        states=states,
+        target_output=target_output,
+        draft_output=draft_output,
+        unconditional_output=unconditional_output,
+        noise=noise,
+        uniforms=uniforms,
+    )
+    if chosen == "triton":
+        from free_kernels.verify import kernel
+
+        return Verification(*kernel.verify(*arguments))
+    return reference.verify(*arguments)

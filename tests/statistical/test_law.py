@@ -1,0 +1,85 @@
+"""The law of one step and of whole chains. What is checked, and why it suffices, is in ``checks.py``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.statistical import laws
+from tests.statistical.checks import CASES, CHECKS, Case, PValues, chain, innovations, one_step, run_chain
+from tests.statistical.laws import BUDGET
+from tests.statistical.mutation_gate import unmutated
+
+
+def assert_law(p_values: PValues) -> None:
+    # "not at least" rather than "below": NaN is a failure
+    failed = {name: p_value for name, p_value in p_values.items() if not p_value >= BUDGET}
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_law_is_exact(check: str) -> None:
+    assert_law(unmutated(check))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["plain", "guided", "clipped"])
+def test_the_kernels_one_step_is_exact(form: str) -> None:
+    assert_law(one_step(form, impl="triton", device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_chain_is_exact(name: str) -> None:
+    assert_law(chain(name, impl="triton", device="cuda"))
+
+
+def test_statistics_report_what_happened_and_agree_with_eq_40() -> None:
+    run = run_chain(Case("gaussian", "shifted", 4, samples=4000, seed=20))
+    stats = run.output.stats
+    tested, accepted = run.tested.sum(0).numpy(), run.accepted.sum(0).numpy()
+    # the last step, which is never drafted, has no test
+    np.testing.assert_array_equal(stats.tested, [*tested, 0])
+    np.testing.assert_array_equal(stats.accepted, [*accepted, 0])
+    # this drafter's gap is 1.5 at every state
+    np.testing.assert_allclose(stats.mean_delta[:-1], 1.5, rtol=1e-3)
+    probability = float(laws.acceptance_probability(torch.tensor(1.5)))
+    errors = (accepted - tested * probability) / np.sqrt(tested * probability * (1 - probability))
+    assert laws.bonferroni([laws.z_score_p(error) for error in errors]) >= BUDGET
+    # and with gaps that vary: the account by step against the mean of 2 Phi(-|delta| / 2) over the tests of that step
+    run = run_chain(Case("ill-conditioned", "hold-x0", 8, samples=4000, seed=21))
+    expected = laws.acceptance_probability(run.delta.norm(dim=-1)) * run.tested
+    variance = (expected * (1 - expected)).sum(0).numpy()
+    errors = (run.output.stats.accepted[:-1] - expected.sum(0).numpy()) / np.sqrt(variance)
+    some = run.output.stats.tested[:-1] > 100
+    assert laws.bonferroni([laws.z_score_p(error) for error in errors[some]]) >= BUDGET
+
+
+@pytest.mark.parametrize(("target", "clip"), [("gaussian", None), ("mixture", 0.8)])
+def test_the_last_step_is_the_targets_mean(target: str, clip: float | None) -> None:
+    run = run_chain(Case(target, "shifted", 4, samples=500, clip=clip))
+    assert run.last_error.abs().max() < 1e-5
+
+
+def test_innovations_are_the_streams_own_noise_or_its_reflection() -> None:
+    """Noise is never drawn twice: an accepted or exact step has z[k] itself, a rejected one its mirror image at delta."""
+    from free_kernels import normal
+
+    case = Case("mixture", "hold-x0", 4, samples=500, seed=22)
+    run = run_chain(case)
+    steps = torch.arange(case.steps - 1)
+    noise = normal(torch.arange(case.samples)[:, None] + case.seed * 2**32, steps, run.delta.shape[-1]).double()
+    shift = torch.where(run.accepted[..., None], run.delta, 0.0)  # an accepted step was made from the draft's mean
+    rejected = run.tested & ~run.accepted
+    direction = torch.where(rejected[..., None], laws.unit(run.delta), 0.0)
+    mirrored = noise - 2 * (noise * direction).sum(-1, keepdim=True) * direction
+    assert rejected.sum() > 100
+    torch.testing.assert_close(run.innovation, mirrored + shift, atol=2e-3, rtol=0.0)
+
+
+def test_a_wrong_law_has_small_p_values() -> None:
+    """The checks judge numbers, not seeds: a chain whose states were scaled by 3 % after the fact is seen."""
+    run = run_chain(Case("gaussian", "shifted", 4, seed=2))
+    run.innovation *= 1.03
+    assert innovations(run)["sum of |z|²"] < BUDGET
