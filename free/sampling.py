@@ -236,18 +236,20 @@ def _account(done: Round, live: Live, stats: SamplingStatistics, request: Reques
     stats.count_forward(int(length.sum()), request.target.forward_batch(request.guided))
     stats.draft_calls += 1
     stats.rounds[index] += 1
-    for row in range(len(index)):
-        if not finite[row]:
-            raise _non_finite("model", step[row] + advanced[row] - 1, index[row], request.process)
-        accepted = advanced[row] - 1
-        tested = accepted + rejected[row]
-        norms = squared_norm[row, :tested]
-        if not np.isfinite(norms).all():
-            at = step[row] + int(np.argmin(np.isfinite(norms)))
-            raise _non_finite(f"drafter {stats.drafter!r}", at, index[row], request.process)
-        stats.tested[step[row] : step[row] + tested] += 1
-        stats.accepted[step[row] : step[row] + accepted] += 1
-        stats.delta_sum[step[row] : step[row] + tested] += np.sqrt(norms)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise _non_finite("model", step[row] + advanced[row] - 1, index[row], request.process)
+    column = np.arange(squared_norm.shape[1])
+    accepted = column < (advanced - 1)[:, None]  # [B, W-1]
+    tested = column < (advanced - 1 + rejected)[:, None]
+    broken = tested & ~np.isfinite(squared_norm)
+    if broken.any():
+        row, at = np.argwhere(broken)[0]
+        raise _non_finite(f"drafter {stats.drafter!r}", step[row] + at, index[row], request.process)
+    steps = step[:, None] + column
+    stats.tested += np.bincount(steps[tested], minlength=stats.steps)
+    stats.accepted += np.bincount(steps[accepted], minlength=stats.steps)
+    stats.delta_sum += np.bincount(steps[tested], np.sqrt(squared_norm[tested]), minlength=stats.steps)
     unfinished = np.flatnonzero(step + advanced < stats.steps)
     return int(advanced.sum()), unfinished.tolist()
 

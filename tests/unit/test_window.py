@@ -128,6 +128,23 @@ def test_the_last_window_is_what_was_proposed_and_evaluated_abandoned_states_inc
     assert len(drafter.situations) == out.stats.rounds[0]
 
 
+def test_a_drafter_sees_the_live_samples_only_each_with_its_own_conditioning() -> None:
+    drafter, seeds = Watching(), [31, 41, 59, 26]
+    conditioning = {"who": torch.tensor(seeds), "all": "the same"}
+    process = ReverseProcess.ddpm(40)
+    out = free.speculative_sample(
+        Recorder(), drafter, conditioning=conditioning, process=process, shape=(3,), seed=seeds, window=4
+    )
+    for situation in drafter.situations:
+        assert torch.equal(situation.conditioning["who"], situation.seed)
+        assert situation.conditioning["all"] == "the same"
+        assert len(situation.step) == len(situation.state) == len(situation.last.states) == len(situation.seed)
+        assert (situation.step < 40).all()
+    turns = [seed for situation in drafter.situations for seed in situation.seed.tolist()]
+    assert [turns.count(seed) for seed in seeds] == out.stats.rounds.tolist()
+    assert len(drafter.situations[-1].seed) < 4  # some were finished before others
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 def test_features_reach_the_drafter_when_it_asks(dit: DiTTransformer2DModel, guidance_scale: float) -> None:
     drafter = Watching(needs_features=True)
