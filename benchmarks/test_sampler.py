@@ -39,9 +39,7 @@ def test_overhead_of_a_round(benchmark: pytest.FixtureRequest, shape: tuple[int,
 
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
 @pytest.mark.parametrize(("steps", "window"), [(250, 8), (50, 8)])
-def test_parallel_efficiency_on_digits(
-    benchmark: pytest.FixtureRequest, drafter: str, steps: int, window: int
-) -> None:
+def test_parallel_efficiency_on_digits(benchmark: pytest.FixtureRequest, drafter: str, steps: int, window: int) -> None:
     """Mean of S / rounds over 20 samples, guidance 1.5, with its standard error."""
     model = load_digits_dit()
     labels = torch.arange(NUM_CLASSES).repeat(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+import sys
 
 import torch
 
@@ -72,12 +72,10 @@ def _require_triton(device: torch.device) -> None:
         )
 
 
-@cache
 def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return "triton" in sys.modules or importlib.util.find_spec("triton") is not None
 
 
-@cache
 def _interpreted() -> bool:
     """Whether triton's own functions are the interpreter's: they are made when triton is first imported."""
     import triton.language

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from free_kernels.checks import check_index
+from free_kernels.checks import MAX_ELEMENTS, check_index
 from free_kernels.dispatch import resolve
 from free_kernels.philox import reference
 
@@ -100,7 +100,13 @@ def uniform(
 def _check(seed: torch.Tensor, step: torch.Tensor, count: int, stream: int, count_name: str) -> None:
     check_index("seed", seed, seed.shape, seed.device)
     check_index("step", step, step.shape, seed.device)
-    if not 1 <= count <= 2**34:
+    if not 1 <= count <= MAX_ELEMENTS:
         raise ValueError(f"{count_name} is {count}; allowed is 1 … 2**34")
+    try:
+        rows = torch.broadcast_shapes(seed.shape, step.shape).numel()
+    except RuntimeError:
+        raise ValueError(f"step has shape {tuple(step.shape)}; it must broadcast with seed's {tuple(seed.shape)}") from None
+    if rows * count > MAX_ELEMENTS:
+        raise ValueError(f"{count_name} is {count} for {rows} seeds: more numbers than the {MAX_ELEMENTS} allowed")
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream is {stream}; allowed is 0 … 2**32 - 1")

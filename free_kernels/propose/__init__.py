@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from free_kernels.checks import check_guidance, check_index, check_values
+from free_kernels.checks import MAX_ELEMENTS, check_guidance, check_index, check_values
 from free_kernels.dispatch import resolve
 from free_kernels.propose import reference
 from free_kernels.table import StepTable, check_table
@@ -74,6 +74,8 @@ def propose(
         raise ValueError(f"window is {window}; allowed is 1 or more")
     check_values("state", state, (None, None), state.device)
     batch, numel = state.shape
+    if batch * window * numel > MAX_ELEMENTS:
+        raise ValueError(f"window is {window}: more elements than the {MAX_ELEMENTS} allowed for state {tuple(state.shape)}")
     check_index("seed", seed, (batch,), state.device)
     check_index("step", step, (batch,), state.device)
     check_values("anchor_states", anchor_states, (batch, None, numel), state.device)

@@ -13,6 +13,9 @@ from free_kernels.philox.kernel import block_offsets
 from free_kernels.posterior.kernel import load_column, load_guided, load_noise, mean_columns, step_mean
 from free_kernels.table import StepTable
 
+MAX_BLOCK = 1024
+"""Elements of a program: more of them, held through the whole walk, do not fit the registers everywhere."""
+
 
 @triton.jit
 def propose_kernel(
@@ -168,7 +171,7 @@ def _propose(
     stored = rows_of(noise) if noise is not None and window > 1 else outputs
     states = torch.empty(batch, window, numel, dtype=torch.float32, device=state.device)
     drafted = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=state.device)
-    block = block_size(numel)
+    block = min(block_size(numel), MAX_BLOCK)
     grid = check_programs("state", batch * triton.cdiv(numel, block))
     with on_device(state):
         propose_kernel[(grid,)](

@@ -53,7 +53,7 @@ def verify(
             uniforms = uniform(seed[:, None], steps[:, :drafts], TEST_STREAM, dtype)
         log_u = uniforms[:, :drafts].to(dtype).log()
         rejections = ~(log_u <= log_ratio) & (column[:drafts] < last[:, None])  # NaN compares false, so it rejects
-        rejected, first = rejections.max(-1)
+        rejected, first = rejections.any(-1), rejections.int().argmax(-1)
         last = torch.where(rejected, first, last)  # [B]
     final_noise, final_step = noise[row, last], steps[row, last]
     if drafts:

@@ -24,10 +24,12 @@ def box_muller_kernel(
 
 
 @triton.jit
-def stack_kernel(
+def spilling_kernel(
+    values_ptr,  # float32 [BLOCK]
     out_ptr,  # float32 [BLOCK]
     BLOCK: tl.constexpr,
 ):
-    """Needs a stack frame: Triton's own normal numbers reduce any angle."""
+    """Holds all its values at once: many more than fit the registers it is given."""
     offsets = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offsets, tl.randn(7, offsets))
+    values = tl.load(values_ptr + offsets)
+    tl.store(out_ptr + offsets, values * tl.sum(values, axis=0))

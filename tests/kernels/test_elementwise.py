@@ -118,9 +118,7 @@ def test_householder(device: torch.device, layout: str) -> None:
     inner, squared_norm = (noise * delta).sum(-1), delta.square().sum(-1)
     inner[4], squared_norm[4] = torch.nan, 2.0
     sums = inner.to(device), squared_norm.to(device)
-    got = householder(
-        laid_out(noise.to(device), layout), laid_out(delta.to(device), layout), *sums, impl="triton"
-    )
+    got = householder(laid_out(noise.to(device), layout), laid_out(delta.to(device), layout), *sums, impl="triton")
     plain = householder(noise, delta, inner, squared_norm, impl="reference")
     exact = householder(noise.double(), delta, inner, squared_norm, impl="reference")
     assert_accurate([got], [plain], [exact])

@@ -134,9 +134,9 @@ def test_chunks_of_several_blocks_and_windows_of_several_tiles(
     monkeypatch.setattr(launch, "MAX_CHUNKS", 3)
     monkeypatch.setattr(kernel, "MAX_SUMS", 8)
     assert launch.chunks_of(3600) == (3, 2)
-    window = make_window(2, 6, 3600, gap=0.5)
+    window = make_window(1, 6, 3600, gap=0.5)
     got = window.check(device)
-    assert (got.advance > 2).any()
+    assert got.advance.item() > 2
 
 
 def test_all_accepted(device: torch.device) -> None:
@@ -193,18 +193,18 @@ def test_what_is_not_finite_rejects(device: torch.device, value: float) -> None:
 
 def test_decisions_equal_the_reference(device: torch.device) -> None:
     """To the bit, but where u and the ratio agree to float32's accuracy."""
-    window = make_window(96, 3, 9, gap=1.0)
-    window = replace(window, seed=torch.arange(96) + 2**40)
+    window = make_window(48, 3, 9, gap=1.0)
+    window = replace(window, seed=torch.arange(48) + 2**40)
     got = Verification(*(values.cpu() for values in window.verify("triton", device)))
     exact = window.verify("reference", dtype=torch.float64)
     steps = (window.step[:, None] + torch.arange(2)).clamp(max=19)
     margin = (uniform(window.seed[:, None], steps, dtype=torch.float64).log() - exact.log_ratio).abs()
     clear = (margin > 1e-4).all(-1)
-    assert clear.sum() > 90
+    assert clear.sum() > 44
     assert torch.equal(got.advance[clear], exact.advance[clear])
     assert torch.equal(got.rejected[clear], exact.rejected[clear])
     assert set(got.advance.tolist()) == {1, 2, 3}
-    assert 20 < got.rejected.sum() < 80
+    assert 10 < got.rejected.sum() < 40
 
 
 def test_given_noise_and_uniforms_change_nothing_to_the_bit(device: torch.device) -> None:
@@ -232,11 +232,12 @@ def test_a_sample_does_not_depend_on_its_batch(device: torch.device) -> None:
 
 
 def test_out_of_range_steps_and_lengths_touch_no_foreign_memory(device: torch.device) -> None:
-    """Clamped, like the reference's; lengths beyond the window count as the window."""
-    window = make_window(2, gap=0.0)
-    beyond = replace(window, step=torch.tensor([10**6, 19]), length=torch.tensor([99, 4]))
+    """Steps beyond the table are its last, as in the reference; lengths beyond the window are the window's."""
+    window = replace(make_window(2, gap=0.0), step=torch.tensor([10**6, 2]))
+    window.check(device)
+    beyond = replace(window, step=torch.tensor([-(10**6), 2]), length=torch.tensor([-7, 99]))
     got = beyond.verify("triton", device)
-    assert got.advance.tolist() == [4, 4]
+    assert got.advance.tolist() == [0, 4]
     assert torch.isfinite(got.next_state).all()
 
 
@@ -260,9 +261,7 @@ def check_acceptance(device: torch.device, window: Window, layout: str = "contig
             impl=impl,
         )
 
-    assert_accurate(
-        call("triton", device), call("reference", CPU), call("reference", CPU, torch.float64)
-    )
+    assert_accurate(call("triton", device), call("reference", CPU), call("reference", CPU, torch.float64))
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -297,7 +296,9 @@ def test_acceptance_of_a_step_without_noise_is_not_a_number(device: torch.device
     assert not (got.log_ratio[0, 1] > -torch.inf)
 
 
-@pytest.mark.parametrize(("dtype", "layout"), [*((torch.float32, layout) for layout in LAYOUTS), (torch.bfloat16, "contiguous")])
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [*((torch.float32, layout) for layout in LAYOUTS), (torch.bfloat16, "contiguous")]
+)
 def test_acceptance_from_means(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     proposal, target, draft = (helpers.normal(5, 1030, seed=i).to(dtype) for i in range(3))
     std = torch.tensor([0.5, 1.0, 3.0, 10.0, 0.01])

@@ -1,0 +1,56 @@
+"""Medians of device time (of wall time without a device), with inputs that are not in the cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+REPEATS = 50
+_FLUSH_BYTES = 2**28  # several times the last-level cache of any device at hand
+
+
+def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
+    """The median over ``repeats`` calls, after one that is not counted."""
+    run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            run()
+            times.append(1e6 * (time.perf_counter() - begin))
+        return statistics.median(times)
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin_event, end_event in events:
+        flush.zero_()
+        begin_event.record()
+        run()
+        end_event.record()
+    torch.cuda.synchronize()
+    return statistics.median(1e3 * begin.elapsed_time(end) for begin, end in events)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a warm-up on a side stream, as capture asks for
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written ones counted, of a copy too large for any cache."""
+    source = torch.empty(2**30, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-6 * median_microseconds(lambda: target.copy_(source), device, 20))

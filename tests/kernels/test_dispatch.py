@@ -1,0 +1,130 @@
+"""Which implementation runs, and what survives a compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import free_kernels
+from free_kernels import StepTable, dispatch
+from free_kernels.dispatch import resolve
+from tests.kernels import helpers
+from tests.kernels.helpers import on, table
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_follows_the_device() -> None:
+    pytest.importorskip("triton")
+    assert resolve("auto", CPU) == "reference"
+    assert resolve("auto", torch.device("meta")) == "reference"
+    assert resolve("auto", CUDA) == "triton"
+    assert resolve("reference", CUDA) == "reference"
+
+
+def test_auto_without_triton_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    assert resolve("auto", CUDA) == "reference"
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        resolve("triton", CUDA)
+
+
+def test_float64_and_gradients_go_to_the_reference() -> None:
+    pytest.importorskip("triton")
+    double, tracked = torch.zeros(2, dtype=torch.float64), torch.zeros(2, requires_grad=True)
+    assert resolve("auto", CUDA, state=double) == "reference"
+    assert resolve("auto", CUDA, dtype=torch.float64) == "reference"
+    assert resolve("auto", CUDA, state=torch.zeros(2), draft_output=tracked) == "reference"
+    with torch.no_grad():
+        assert resolve("auto", CUDA, draft_output=tracked) == "triton"
+    with pytest.raises(ValueError, match=r"state is torch\.float64"):
+        resolve("triton", CUDA, state=double)
+    with pytest.raises(ValueError, match="draft_output requires a gradient"):
+        resolve("triton", CUDA, draft_output=tracked)
+
+
+def test_triton_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    seed = torch.tensor([1])
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
+        free_kernels.normal(seed, seed, 4, impl="triton")
+    with pytest.raises(RuntimeError, match="these are on meta"):
+        free_kernels.normal(seed.to("meta"), seed.to("meta"), 4, impl="triton")
+    with pytest.raises(ValueError, match=r"impl is 'cuda'; known are 'auto', 'triton', 'reference'"):
+        free_kernels.normal(seed, seed, 4, impl="cuda")
+
+
+def test_interpreter_chosen_too_late_is_said() -> None:
+    code = (
+        "import os, torch, triton, free_kernels\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "seed = torch.tensor([1])\n"
+        "free_kernels.normal(seed, seed, 4, impl='triton')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "RuntimeError" in done.stderr
+    assert "triton was imported before TRITON_INTERPRET=1 was set" in done.stderr
+
+
+def all_operations(
+    states: torch.Tensor, outputs: torch.Tensor, seed: torch.Tensor, step: torch.Tensor, process: StepTable, impl: str
+) -> Any:
+    """Every operation once, each on the results of another."""
+    length = torch.full_like(step, states.shape[1])
+    half = {"unconditional_output": outputs * 0.9, "guidance_scale": 1.5, "impl": impl}
+    proposal = free_kernels.propose(states[:, 0], seed, step, 3, states, outputs, step, length, process, impl=impl)
+    verified = free_kernels.verify(proposal.states, outputs, proposal.draft_output, seed, step, length, process, **half)
+    state = free_kernels.posterior(verified.next_state, outputs[:, 0], seed, step, process, impl=impl)
+    ratios = free_kernels.acceptance(states, outputs, outputs + 0.01, seed, step, process, **half)
+    general = free_kernels.acceptance_from_means(state, state + 1, state - 1, state[:, 0].abs() + 1, impl=impl)
+    reflected = free_kernels.householder(state, state + 1, general.inner, general.squared_norm, impl=impl)
+    words = free_kernels.philox(seed, step, 2, impl=impl)
+    noise, test = free_kernels.normal(seed, step, 5, impl=impl), free_kernels.uniform(seed, step, impl=impl)
+    return (*proposal, *verified, state, *ratios, *general, reflected, words, noise, test)
+
+
+def arguments(device: torch.device) -> tuple[Any, ...]:
+    states, outputs = helpers.normal(2, 3, 9), helpers.normal(2, 3, 9, seed=1)
+    tensors = (values.to(device) for values in (states, outputs, torch.tensor([1, 2]), torch.tensor([0, 5])))
+    return (*tensors, on(device, table()))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_operations_survive_a_compiler(device: torch.device, backend: str) -> None:
+    if device.type == "cpu" and backend == "inductor":
+        pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
+    compiled = torch.compile(all_operations, fullgraph=True, backend=backend)
+    got, expected = compiled(*arguments(device), "triton"), all_operations(*arguments(device), "triton")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_fake_tensors_have_the_results_shapes(device: torch.device) -> None:
+    real = all_operations(*arguments(device), "triton")
+    *tensors, process = arguments(device)
+    with FakeTensorMode() as mode:
+        columns = [mode.from_tensor(column) for column in process[:-1]]
+        fake = all_operations(*map(mode.from_tensor, tensors), StepTable(*columns, process.clip_range), "triton")
+    assert [(values.shape, values.dtype, values.device) for values in fake] == [
+        (values.shape, values.dtype, values.device) for values in real
+    ]
+
+
+def test_registered_operations_keep_their_promises(device: torch.device) -> None:
+    """torch's own check of a custom operation: schema, aliasing, fake results."""
+    from free_kernels.verify import kernel
+    from free_kernels.verify.kernel import mean_columns
+
+    states, outputs, seed, step, process = arguments(device)
+    columns = list(mean_columns(process))
+    torch.library.opcheck(
+        kernel._verify_op,
+        (states, outputs, outputs[:, 1:], seed, step, step + 1, columns, None, outputs, 1.5, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
