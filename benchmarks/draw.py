@@ -34,10 +34,13 @@ def draw(device: str, rows: list[dict[str, Any]], results: Path = RESULTS) -> Pa
 
     newest = {(row["operation"], row["implementation"], row["batch"], row["window"], row["numel"]): row for row in rows}
     operations = list(dict.fromkeys(key[0] for key in newest))
+    columns = -(-len(operations) // 2)
     figure, panels = plt.subplots(
-        1, len(operations), figsize=(3.2 * len(operations), 3.4), sharey=True, squeeze=False, layout="constrained"
+        2, columns, figsize=(3.2 * columns, 6.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for panel, operation in zip(panels[0], operations, strict=True):
+    for panel in panels.flat[len(operations) :]:
+        panel.axis("off")
+    for panel, operation in zip(panels.flat, operations, strict=False):
         for implementation, (color, marker) in _STYLES.items():
             chosen = [row for key, row in newest.items() if key[:2] == (operation, implementation)]
             if not chosen:
@@ -54,9 +57,10 @@ def draw(device: str, rows: list[dict[str, Any]], results: Path = RESULTS) -> Pa
             floors = [row.get("microseconds_of_the_bytes") for row in chosen]
             if implementation == "triton" and all(floors):
                 panel.plot(elements, floors, color="0.4", ls=":", label="bytes at copy bandwidth")
-        panel.set(title=operation, xscale="log", yscale="log", xlabel="B × W × D")
+        panel.set(title=operation, xscale="log", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("median, µs")
+    figure.supxlabel("B × W × D")
+    figure.supylabel("median, µs")
     panels[0][0].legend(fontsize=7)
     figure.suptitle(f"{device}; bfloat16 outputs, guidance")
     path = results / f"kernels-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}.png"
