@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -12,8 +13,8 @@ from free.drafters.base import Situation
 from free.drafters.hold import HoldX0
 from free.drafters.linear import Bands, LinearDrafter
 from free.process import ReverseProcess
-from free.request import DEFAULT_STEPS, check_request
-from free.sampling import NonFiniteOutputError
+from free.request import DEFAULT_STEPS, Request, check_request
+from free.sampling import NonFiniteOutputError, speculative_sample
 from free.statistics import Stopwatch
 from free.window import Round, Setup, advance, first_window
 from free_kernels import Proposal, guided
@@ -95,25 +96,30 @@ def calibrate(
     if num_bands > 1 and not image:
         raise ValueError(f"num_bands is {num_bands}; samples of shape {sample_shape} have 1, as they are no images")
 
-    watching = _Watching()
-    setup = Setup(request, watching, min(window, steps), impl)
-    live = first_window(setup, request.initial_state())
-    sums = _Sums(request.process, Bands(sample_shape, num_bands).to(live.state.device))
-    watch = Stopwatch(request.seed.device)
+    bands = Bands(sample_shape, num_bands).to(request.seed.device)
     with tqdm(total=request.batch * steps, disable=not progress, unit="step", desc="calibrate") as bar:
-        while len(live.index):
-            done = advance(live, setup, watch)
-            if not bool(torch.isfinite(live.state).all()):
-                row = int(torch.isfinite(live.state).all(-1).logical_not().nonzero()[0, 0])
-                raise NonFiniteOutputError(
-                    f"model returned NaN or infinity at step {int(live.step[row]) - 1} of trajectory {int(live.index[row])}"
-                )
-            last = live.last
-            output = guided(last.output, last.unconditional, request.guidance_scale, torch.float32)
-            sums.add(watching.situation, done, output)
-            bar.update(int((live.step - done.step).sum()))
-            live = live.keep((live.step < steps).nonzero()[:, 0])
-    return LinearDrafter(sums.solve(), request.process.timestep, sample_shape, GAP_EDGES)
+        weight = _run(request, min(window, steps), impl, bands, bar).solve()
+    return LinearDrafter(weight, request.process.timestep, sample_shape, GAP_EDGES)
+
+
+def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _Sums:
+    """The sums over one run of the trajectories, drafted by hold-x0."""
+    watching, sums, steps = _Watching(), _Sums(request.process, bands), request.process.num_steps
+    setup = Setup(request, watching, window, impl)
+    live, watch = first_window(setup, request.initial_state()), Stopwatch(request.seed.device)
+    while len(live.index):
+        done = advance(live, setup, watch)
+        finite = torch.isfinite(live.state).all(-1)
+        if not bool(finite.all()):
+            row = int(finite.logical_not().nonzero()[0, 0])
+            raise NonFiniteOutputError(
+                f"model returned NaN or infinity at step {int(live.step[row]) - 1} of trajectory {int(live.index[row])}"
+            )
+        output = guided(live.last.output, live.last.unconditional, request.guidance_scale, torch.float32)
+        sums.add(watching.situation, done, output)
+        bar.update(int((live.step - done.step).sum()))
+        live = live.keep((live.step < steps).nonzero()[:, 0])
+    return sums
 
 
 class _Watching(HoldX0):
@@ -136,7 +142,7 @@ class _Sums:
         self.square = torch.zeros(*cells, bands.count, dtype=torch.float64, device=process.std.device)
         self.product = torch.zeros_like(self.square)
         self.count = torch.zeros(*cells, 1, dtype=torch.float64, device=process.std.device)
-        """Of the drafts, [S, G, 1]."""
+        """Of the drafts' weights, [S, G, 1]."""
 
     def add(self, situation: Situation, done: Round, output: torch.Tensor) -> None:
         """A round: its states, and the target's guided outputs [B, W, D] there."""
@@ -155,20 +161,55 @@ class _Sums:
         scale = (process.model_coef / process.std)[step][:, None]
         held, wanted = (scale * (y - anchor.output)[row] for y in (hold_x0, output))
         # a draft that is far off is rejected whatever becomes of it: weigh as log(1 + |delta|²) does
-        weight = 1 / (1 + (held - wanted).square().sum(-1, keepdim=True))  # [n, 1]
+        weight = 1 / (1 + done.verification.squared_norm[row][:, None])  # [n, 1]
         held, wanted = self.bands.forward(held).double(), self.bands.forward(wanted).double()
         for sums, values in ((self.square, held * held), (self.product, held * wanted)):
             by_band = values.new_zeros(len(step), self.bands.count).index_add_(1, self.bands.index, weight * values)
             sums.index_put_((step, age), by_band, accumulate=True)
-        self.count.index_put_((step, age), self.count.new_ones(len(step), 1), accumulate=True)
+        self.count.index_put_((step, age), weight.double(), accumulate=True)
 
     def solve(self) -> torch.Tensor:
         """w, float32 [S, G, N]: smoothed over steps, drawn to hold-x0 (w = 1) where there was little to learn from."""
         reach = round(_SMOOTHING * self.process.num_steps)
         square, product, count = (_smooth(sums, reach) for sums in (self.square, self.product, self.count))
+        # counted with their weights: where hold-x0's drafts are far off, few of them decide, and they are no guide
         ridge = _RIDGE * square / count.clamp(min=1e-9)
         weight = torch.where(square > 0, (product + ridge) / (square + ridge).clamp(min=1e-30), 1.0)
         return weight.float().cpu()
+
+
+def held_out_table(
+    model: Any, drafter: LinearDrafter, *, class_labels: Sequence[int], num_samples: int, seed: int, **sampling: Any
+) -> str:
+    """Parallel efficiency of hold-x0 and of ``drafter``, with standard errors, on the same seeds, away from ``seed``'s own.
+
+    Args:
+        model: the target.
+        drafter: what :func:`calibrate` returned.
+        class_labels: taken in turn.
+        num_samples: of each drafter.
+        seed: that of the calibration.
+        sampling: other keywords of :func:`free.speculative_sample`.
+    """
+    labels = _in_turn(class_labels, num_samples)
+    # keys derived from another root than the calibration's are other keys
+    seeds = [int(key) for key in np.random.SeedSequence([seed % 2**64, 1]).generate_state(num_samples, np.uint64)]
+    runs = [speculative_sample(model, one, class_labels=labels, seed=seeds, **sampling).stats for one in (HoldX0(), drafter)]
+    lines = [f"{'drafter':<10}{'efficiency':>12}{'± error':>10}{'accepted':>10}{'draft s':>10}"]
+    for stats in runs:
+        lines.append(
+            f"{stats.drafter:<10}{stats.parallel_efficiency:>12.3f}{_error(stats.efficiency_per_sample):>10.3f}"
+            f"{stats.acceptance_rate:>10.1%}{stats.seconds['draft']:>10.2f}"
+        )
+    gain = runs[1].efficiency_per_sample - runs[0].efficiency_per_sample
+    lines.append(f"{'gain':<10}{gain.mean():>+12.3f}{_error(gain):>10.3f}")
+    lines.append(f"S={runs[0].steps}, W={runs[0].window}, {num_samples} held-out seeds, the same for both")
+    return "\n".join(lines)
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of the mean; NaN of a single value."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def _smooth(sums: torch.Tensor, reach: int) -> torch.Tensor:

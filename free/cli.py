@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser(
         "calibrate",
         help="fit the linear drafter to a DiT on a few trajectories",
-        description="Fits the coefficients of the linear drafter to a DiT, saves them, and prints the parallel efficiency of "
-        "hold-x0 and of the fitted drafter on seeds that it was not fitted on.",
+        description="Fits the coefficients of the linear drafter to a DiT, saves them, and prints the parallel efficiency "
+        "of hold-x0 and of the fitted drafter on seeds that it was not fitted on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    calibrate.add_argument("--model", default="digits", help="folder of a DiTTransformer2DModel, or digits: the package's own")
+    calibrate.add_argument("--model", default="digits", help="folder of a DiT, or digits: the package's own")
     calibrate.add_argument("--output-dir", type=Path, required=True, help="where the drafter goes")
     calibrate.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
     calibrate.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
@@ -94,10 +95,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from free.calibration import calibrate, held_out_table
-    from free.demo.digits import load_dit, weights_path
+    from free.demo.digits import load_digits_dit
 
-    model = load_dit(weights_path() if arguments.model == "digits" else arguments.model)
-    common = {
+    model = load_digits_dit() if arguments.model == "digits" else _load_dit(Path(arguments.model))
+    common: dict[str, Any] = {
         "class_labels": range(model.config.num_embeds_ada_norm),
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
@@ -108,6 +109,17 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     drafter.save_pretrained(arguments.output_dir)
     print(held_out_table(model, drafter, num_samples=arguments.eval_samples, seed=arguments.seed, **common))
     print(f"\ndrafter: {arguments.output_dir}")
+
+
+def _load_dit(folder: Path) -> Any:
+    """A DiT of one's own in eval mode, on the GPU if there is one."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no DiT in {str(folder)!r}: expected config.json and safetensors")
+    model = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _positive(text: str) -> int:
