@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from free.drafters.base import Situation, StepDrafter
 from free_kernels import NOISE_STREAM, Proposal, normal
@@ -271,7 +271,7 @@ class LinearDrafter(StepDrafter):
         }
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {"weight": self.weight.contiguous(), "timestep": self.timestep.contiguous()}
-        save_file(tensors, str(folder / WEIGHTS_NAME))
+        (folder / WEIGHTS_NAME).write_bytes(save(tensors))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LinearDrafter:
