@@ -4,7 +4,19 @@
 sequential work.
 """
 
-from free.drafters import Anchor, Drafter, HoldOutput, HoldX0, LastWindow, ModelDrafter, Situation, StepDrafter, as_drafter
+from free.calibration import calibrate
+from free.drafters import (
+    Anchor,
+    Drafter,
+    HoldOutput,
+    HoldX0,
+    LastWindow,
+    LinearDrafter,
+    ModelDrafter,
+    Situation,
+    StepDrafter,
+    as_drafter,
+)
 from free.process import ReverseProcess
 from free.sampling import NonFiniteOutputError, SamplingOutput, ancestral_sample, speculative_sample
 from free.statistics import SamplingStatistics
@@ -19,6 +31,7 @@ __all__ = [
     "HoldOutput",
     "HoldX0",
     "LastWindow",
+    "LinearDrafter",
     "ModelDrafter",
     "NonFiniteOutputError",
     "ReverseProcess",
@@ -32,5 +45,6 @@ __all__ = [
     "ancestral_sample",
     "as_drafter",
     "as_target",
+    "calibrate",
     "speculative_sample",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
 from free.drafters.hold import HoldOutput, HoldX0
+from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
 from free.targets import Target
 
@@ -20,6 +21,7 @@ __all__ = [
     "HoldOutput",
     "HoldX0",
     "LastWindow",
+    "LinearDrafter",
     "ModelDrafter",
     "Situation",
     "StepDrafter",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Anchor:
-    """One evaluation of the target for each sample."""
+    """One evaluation of the target for each sample (or N for each, with an axis more)."""
 
     step: torch.Tensor
     """int64 [B]."""
@@ -72,16 +72,24 @@ class Situation:
     impl: str
 
     def anchor(self, step: torch.Tensor) -> Anchor:
-        """The evaluation that a draft for ``step`` (int64 [B]) may lean on: the last window's latest at a step <= its own.
+        """The evaluation that a draft for ``step`` may lean on: the last window's latest at a step <= its own.
 
         One at a later step has seen the noise of this one, and a draft that knew it would bias the law.
+
+        Args:
+            step: int64 [B], or [B, N] for the anchors of several steps at once, whose fields are then [B, N, ...].
         """
         last = self.last
         row = torch.arange(len(step), device=step.device)
-        column = anchor_index(step[:, None], last.step, last.length)[:, 0]
+        first = last.step
+        if step.dim() == 2:
+            row, first = row[:, None], first[:, None]
+            column = anchor_index(step, last.step, last.length)
+        else:
+            column = anchor_index(step[:, None], last.step, last.length)[:, 0]
         unconditional = None if last.unconditional is None else last.unconditional[row, column]
         return Anchor(
-            last.step + column,
+            first + column,
             last.states[row, column],
             guided(last.output[row, column], unconditional, self.guidance_scale, torch.float32),
             None if last.feature is None else last.feature[row, column],

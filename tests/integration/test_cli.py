@@ -21,7 +21,7 @@ def test_the_command_is_installed_under_its_own_name() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["calibrate", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -37,6 +37,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--steps", "0"], "0 is not 1 or more"),
         (["demo", "--steps", "many"], "invalid"),
         (["demo", "--unknown"], "unrecognized arguments: --unknown"),
+        (["calibrate"], "the following arguments are required: --output-dir"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,3 +83,31 @@ def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest
     assert str(picture) in printed
     assert picture.read_bytes().startswith(PNG)
     assert [file.name for file in tmp_path.iterdir()] == ["digits.png"]
+
+
+def test_calibrate_saves_a_drafter_and_compares_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "linear"
+    arguments = ["calibrate", "--steps", "12", "--window", "4", "--num-trajectories", "4", "--eval-samples", "3"]
+    assert main([*arguments, "--output-dir", str(folder)]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert 1 <= float(rows["hold-x0"][0]) <= 12
+    assert 1 <= float(rows["linear"][0]) <= 12
+    assert float(rows["gain"][0]) == pytest.approx(float(rows["linear"][0]) - float(rows["hold-x0"][0]), abs=2e-3)
+    drafter = free.LinearDrafter.from_pretrained(folder)
+    assert (drafter.num_steps, drafter.num_bands, drafter.sample_shape) == (12, 8, (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-folder"], "no DiT in 'no-such-folder'"),
+        (["--window", "1"], "window is 1; allowed is an int, 2 or more"),
+        (["--guidance-scale", "0.5"], "guidance_scale is 0.5"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_exit_code_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["calibrate", "--output-dir", str(tmp_path / "linear"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "linear").exists()

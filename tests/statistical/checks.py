@@ -254,6 +254,8 @@ class Case:
     guidance_scale: float = 1.0
     clip: float | None = None
     seed: int = 1
+    shape: tuple[int, ...] = (DIM,)
+    """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
 
 
 def make_target(case: Case) -> Any:
@@ -273,19 +275,41 @@ def make_process(case: Case) -> free.ReverseProcess:
     return free.ReverseProcess.ddpm(case.steps, clip_sample=True, clip_sample_range=case.clip)
 
 
+def random_linear(case: Case) -> free.LinearDrafter:
+    """A linear drafter that fits the case and nothing else: coefficients at random, beyond 0 and 1 too."""
+    generator = torch.Generator().manual_seed(case.seed)
+    bands = 4 if len(case.shape) == 3 else 1
+    weight = 1.8 * torch.rand(case.steps, 3, bands, generator=generator) - 0.4
+    return free.LinearDrafter(weight, make_process(case).timestep, case.shape, gap_edges=(1, 3))
+
+
+def shaped(model: Any, shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
+    """A model of samples [DIM] as one of samples of ``shape``."""
+
+    def reshaped(x: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        return model(x.flatten(1), timestep, **conditioning).unflatten(1, shape)
+
+    return reshaped
+
+
 def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain:
     """Samples, and reconstructs what an exact sampler would have done with unknown noise."""
     model, process = make_target(case), make_process(case)
     guided = case.guidance_scale != 1.0
-    drafter = {"shifted": lambda: ShiftedModel(model, process), "leaning": lambda: LeaningDrafter(model)}.get(case.drafter)
+    drafter = {
+        "shifted": lambda: ShiftedModel(model, process),
+        "leaning": lambda: LeaningDrafter(model),
+        "linear": lambda: random_linear(case),
+    }.get(case.drafter)
     conditioning = {"center": center(case.samples).to(device)} if guided else {}
-    if guided and drafter is not None:
+    if guided and case.drafter == "shifted":
         # the bad model is guided as the target is; one standard deviation of the guided output stays one
         drafted = ShiftedModel(model, process)
         recorder = Recorder(free.ModelDrafter(free.as_target(drafted, null_conditioning={"center": torch.zeros(DIM)})))
     else:
         recorder = Recorder(case.drafter if drafter is None else drafter())
-    target = free.as_target(model, null_conditioning={"center": torch.zeros(DIM)}) if guided else free.as_target(model)
+    sampled = model if case.shape == (DIM,) else shaped(model, case.shape)
+    target = free.as_target(sampled, null_conditioning={"center": torch.zeros(DIM)}) if guided else free.as_target(sampled)
     base = case.seed * 2**32
     seeds = torch.arange(case.samples, device=device) + base
     output = free.speculative_sample(
@@ -296,10 +320,12 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
         guidance_scale=case.guidance_scale,
         window=case.window,
         seed=seeds.tolist(),
-        latents=normal(seeds, torch.zeros_like(seeds), DIM, stream=LATENT_STREAM),
+        latents=normal(seeds, torch.zeros_like(seeds), DIM, stream=LATENT_STREAM).unflatten(1, case.shape),
         impl=impl,
         return_trajectory=True,
     )
+    assert output.trajectory is not None
+    output.samples, output.trajectory = output.samples.flatten(1), output.trajectory.flatten(2)
     trajectory = output.trajectory.double()
     count, last = case.samples, process.num_steps - 1
 
@@ -437,6 +463,9 @@ CASES: dict[str, Case] = {
     "ill-conditioned, shifted, W=4": Case("ill-conditioned", "shifted", 4, seed=11),
     "mixture, hold-x0, W=4, clipped": Case("mixture", "hold-x0", 4, clip=0.8, seed=12),
     "mixture, shifted, W=8, clipped": Case("mixture", "shifted", 8, clip=0.8, seed=13),
+    "gaussian, linear, W=4": Case("gaussian", "linear", 4, seed=14, shape=(1, 2, 3)),
+    "gaussian, linear, W=8, guided": Case("gaussian", "linear", 8, guidance_scale=2.0, seed=15),
+    "mixture, linear, W=8, clipped": Case("mixture", "linear", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
 }
 
 

@@ -199,7 +199,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("chain: gaussian, hold-output, W=4", "chain: gaussian, hold-x0, W=8", "chain: ill-conditioned, hold-x0, W=8"),
     ),
     "anchor at step k+1, Situation.anchor": Mutation(
-        _later_anchor("free.drafters.base"), ("chain: gaussian, leaning, W=4",)
+        _later_anchor("free.drafters.base"), ("chain: gaussian, leaning, W=4", "chain: gaussian, linear, W=4")
     ),
     "timestep off by one": Mutation(_later_timestep, (_SHIFTED, "chain: mixture, hold-x0, W=4")),
     "delta of x0 not clamped": Mutation(_unclipped_delta, ("one step, clipped", "chain: mixture, shifted, W=8, clipped")),
