@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--train-steps", type=_positive, default=None, help="training steps of --retrain, if not the usual")
     demo.set_defaults(run=_demo)
+    _add_compare(commands)
     return parser
 
 
@@ -75,8 +77,45 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare drafters against one target: efficiency, acceptance, |delta|, cost",
+        description="Samples with every drafter, window, number of steps and guidance scale, prints a table, writes a "
+        "figure and appends a row for each configuration as soon as it is measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument(
+        "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
+    )
+    compare.add_argument("--drafters", nargs="+", default=["hold-x0", "hold-output"], metavar="DRAFTER", help="names")
+    compare.add_argument("--windows", nargs="+", type=_positive, default=[2, 4, 8, 16, 32, 64], metavar="W", help="windows")
+    compare.add_argument("--steps", nargs="+", type=_positive, default=[50, 250], metavar="S", help="denoising steps")
+    compare.add_argument("--guidance-scales", nargs="+", type=float, default=[1.5], metavar="SCALE", help="1 is no guidance")
+    compare.add_argument("--samples", type=_positive, default=16, help="samples a configuration; classes take turns")
+    compare.add_argument("--batch-size", type=_positive, default=16, help="samples drawn at once")
+    compare.add_argument("--seed", type=int, default=0, help="seed of the first sample")
+    compare.add_argument("--output", type=Path, default=Path("compare.png"), help="where the figure goes")
+    compare.add_argument(
+        "--results", type=Path, default=None, metavar="FILE",
+        help="JSON-lines file that rows are appended to; benchmarks/results/compare.jsonl if left out and the folder exists",
+    )  # fmt: skip
+    compare.add_argument("--resume", action="store_true", help="skip the configurations that the results already hold")
+    compare.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from free.compare import compare
+
+    compare(**{name: value for name, value in vars(arguments).items() if name != "run"})
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
