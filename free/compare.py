@@ -321,7 +321,10 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
             axis.set_minor_locator(NullLocator())
         line[0].set_title(f"guidance {scale:g}")
         line[1].set(xlabel="step (noise to data)", ylabel="drafts accepted", ylim=(0, 1.02))
-        line[2].set(xlabel="step (noise to data)", ylabel="mean |delta|", yscale="log")
+        line[2].set(xlabel="step (noise to data)", ylabel="mean |delta|")
+        # a window of 1 tests nothing, and a perfect draft is off by nothing: then there is no logarithm to draw
+        if any((curve.get_ydata() > 0).any() for curve in line[2].lines):
+            line[2].set_yscale("log", nonpositive="mask")
         for panel in line[1:]:
             panel.set(xlim=(0, counts[-1]), title=f"guidance {scale:g}, S={counts[-1]}, W={drawn}")
         for panel in line:
@@ -399,7 +402,8 @@ def _measure(target: DiTTarget, contender: _Contender, configuration: dict[str, 
         "tested_by_step": tested.tolist(),
         "accepted_by_step": accepted.tolist(),
         "mean_delta_by_step": [
-            round(total / count, 4) if count else None for total, count in zip(delta.tolist(), tested.tolist(), strict=True)
+            float(f"{total / count:.4g}") if count else None
+            for total, count in zip(delta.tolist(), tested.tolist(), strict=True)
         ],
         "target_parameters": sum(parameter.numel() for parameter in target.transformer.parameters()),
         "drafter_parameters": sum(tensor.numel() for tensor in contender.learned),
