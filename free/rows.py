@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -113,7 +114,9 @@ def command() -> str:
         words = ["python", "-m", ".".join(program.relative_to(ROOT).with_suffix("").parts)]
     else:
         words = [program.name]
-    return shlex.join([*words, *(word.replace(f"{ROOT}/", "") for word in sys.argv[1:])])
+    inside = (word.replace(f"{ROOT}/", "") for word in sys.argv[1:])
+    # of a file elsewhere on this machine the name is kept
+    return shlex.join([*words, *(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", word) for word in inside)])
 
 
 def _git(*arguments: str) -> str:

@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 import free
 import free.compare
 from free.compare import compare, drafter_of, fingerprint, load_target, table
-from free.rows import append_row, read_rows
+from free.rows import ROOT, append_row, command, read_rows
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -283,6 +283,12 @@ def test_weights_that_are_missing_are_refused(folder: Path) -> None:
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"proj_out_2\.weight"):
         load_target(folder)
+
+
+def test_the_command_of_a_row_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--output", "/home/me/a.png", "--results=/home/me/b.jsonl", f"{ROOT}/benchmarks/c", "rows/d", "x/y"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/free-dit", "compare", *given])
+    assert command() == "free-dit compare --output a.png --results=b.jsonl benchmarks/c rows/d x/y"
 
 
 def test_a_line_that_is_no_row_is_named(small: dict[str, Any]) -> None:
