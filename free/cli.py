@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "of hold-x0 and of the fitted drafter on seeds that it was not fitted on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    calibrate.add_argument("--model", default="digits", help="folder of a DiT, or digits: the package's own")
+    calibrate.add_argument(
+        "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
+    )
     calibrate.add_argument("--output-dir", type=Path, required=True, help="where the drafter goes")
     calibrate.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
     calibrate.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--eval-samples", type=_positive, default=16, help="samples of each drafter's evaluation")
     calibrate.add_argument("--seed", type=int, default=0, help="seed of the trajectories")
     calibrate.set_defaults(run=_calibrate)
+    _add_compare(commands)
     return parser
 
 
@@ -95,31 +98,55 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from free.calibration import calibrate, held_out_table
-    from free.demo.digits import load_digits_dit
+    from free.compare import load_target
 
-    model = load_digits_dit() if arguments.model == "digits" else _load_dit(Path(arguments.model))
+    target = load_target(arguments.model)
     common: dict[str, Any] = {
-        "class_labels": range(model.config.num_embeds_ada_norm),
+        "class_labels": range(target.null_class),
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance_scale,
         "window": arguments.window,
         "progress": True,
     }
-    drafter = calibrate(model, num_trajectories=arguments.num_trajectories, seed=arguments.seed, **common)
+    drafter = calibrate(target, num_trajectories=arguments.num_trajectories, seed=arguments.seed, **common)
     drafter.save_pretrained(arguments.output_dir)
-    print(held_out_table(model, drafter, num_samples=arguments.eval_samples, seed=arguments.seed, **common))
+    print(held_out_table(target, drafter, num_samples=arguments.eval_samples, seed=arguments.seed, **common))
     print(f"\ndrafter: {arguments.output_dir}")
 
 
-def _load_dit(folder: Path) -> Any:
-    """A DiT of one's own in eval mode, on the GPU if there is one."""
-    import torch
-    from diffusers import DiTTransformer2DModel
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare drafters against one target: efficiency, acceptance, |delta|, cost",
+        description="Samples with every drafter, window, number of steps and guidance scale, prints a table, writes a "
+        "figure and appends a row for each configuration as soon as it is measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument(
+        "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
+    )
+    compare.add_argument(
+        "--drafters", nargs="+", default=["hold-x0", "hold-output"], metavar="DRAFTER", help="names, or folders of calibrate"
+    )
+    compare.add_argument("--windows", nargs="+", type=_positive, default=[2, 4, 8, 16, 32, 64], metavar="W", help="windows")
+    compare.add_argument("--steps", nargs="+", type=_positive, default=[50, 250], metavar="S", help="denoising steps")
+    compare.add_argument("--guidance-scales", nargs="+", type=float, default=[1.5], metavar="SCALE", help="1 is no guidance")
+    compare.add_argument("--samples", type=_positive, default=16, help="samples a configuration; classes take turns")
+    compare.add_argument("--batch-size", type=_positive, default=16, help="samples drawn at once")
+    compare.add_argument("--seed", type=int, default=0, help="seed of the first sample")
+    compare.add_argument("--output", type=Path, default=Path("compare.png"), help="where the figure goes")
+    compare.add_argument(
+        "--results", type=Path, default=None, metavar="FILE",
+        help="JSON-lines file that rows are appended to; benchmarks/results/compare.jsonl if left out and the folder exists",
+    )  # fmt: skip
+    compare.add_argument("--resume", action="store_true", help="skip the configurations that the results already hold")
+    compare.set_defaults(run=_compare)
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no DiT in {str(folder)!r}: expected config.json and safetensors")
-    model = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from free.compare import compare
+
+    compare(**{name: value for name, value in vars(arguments).items() if name != "run"})
 
 
 def _positive(text: str) -> int:
@@ -127,3 +154,7 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ def test_the_command_is_installed_under_its_own_name() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["calibrate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["calibrate", "--help"], ["compare", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -38,6 +40,11 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--steps", "many"], "invalid"),
         (["demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["calibrate"], "the following arguments are required: --output-dir"),
+        (["compare", "--windows", "0"], "0 is not 1 or more"),
+        (["compare", "--windows"], "expected at least one argument"),
+        (["compare", "--drafters"], "expected at least one argument"),
+        (["compare", "--samples", "0"], "0 is not 1 or more"),
+        (["compare", "--guidance-scales", "high"], "invalid float value"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,10 +104,49 @@ def test_calibrate_saves_a_drafter_and_compares_it(tmp_path: Path, capsys: pytes
     assert (drafter.num_steps, drafter.num_bands, drafter.sample_shape) == (12, 8, (1, 8, 8))
 
 
+def test_compare_prints_a_table_and_writes_rows_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure, results = tmp_path / "compare.png", tmp_path / "rows.jsonl"
+    arguments = ["compare", "--windows", "2", "3", "--steps", "8", "--samples", "2", "--output", str(figure)]
+    assert main([*arguments, "--results", str(results)]) == 0
+    printed = capsys.readouterr().out
+    assert "model digits, 2 samples" in printed
+    assert str(figure) in printed
+    assert str(results) in printed
+    assert figure.read_bytes().startswith(PNG)
+    assert len(results.read_text().splitlines()) == 4
+    assert main([*arguments, "--results", str(results), "--resume"]) == 0
+    assert capsys.readouterr().out == printed
+    assert len(results.read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_compare_is_interrupted_and_resumed(tmp_path: Path) -> None:
+    figure, results = tmp_path / "compare.png", tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "free.cli", "compare", "--windows", "2", "3", "--steps", "100", "--samples", "2",
+               "--output", str(figure), "--results", str(results)]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not results.exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert process.returncode == 130
+    assert error.endswith("free-dit: interrupted\n")
+    before = results.read_text()
+    assert 1 <= len(before.splitlines()) < 4
+    assert before.endswith("\n")
+    assert not figure.exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    after = results.read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 4
+    assert len([line for line in done.stdout.splitlines() if line.strip().startswith("hold-")]) == 4
+    assert figure.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no-such-folder"], "no DiT in 'no-such-folder'"),
+        (["--model", "no-such-folder"], "no model in 'no-such-folder'"),
         (["--window", "1"], "window is 1; allowed is an int, 2 or more"),
         (["--guidance-scale", "0.5"], "guidance_scale is 0.5"),
     ],
@@ -111,3 +157,25 @@ def test_a_calibration_that_cannot_be_is_exit_code_1(
     assert main(["calibrate", "--output-dir", str(tmp_path / "linear"), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "linear").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--drafters", "hold"], "drafter is 'hold'; known are 'hold-x0', 'hold-output'"),
+        (["--model", "no-such-folder"], "no model in 'no-such-folder'"),
+        (["--guidance-scales", "0.5"], "guidance_scales holds 0.5; allowed is 1"),
+        (["--steps", "1001"], "num_inference_steps is 1001; allowed is 1 … 1000"),
+        (["--output", "no/such/folder/x.png"], "no/such/folder"),
+        (["--results", "no/such/folder/x.jsonl"], "no/such/folder"),
+    ],
+)
+def test_compare_refuses_with_exit_code_1_and_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("free-dit: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
