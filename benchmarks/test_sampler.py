@@ -11,6 +11,7 @@ import free
 from benchmarks.rows import write_row
 from free.demo import load_digits_dit
 from free.demo.digits import NUM_CLASSES
+from free.statistics import standard_error
 
 RUNS = 15
 
@@ -46,7 +47,7 @@ def test_parallel_efficiency_on_digits(benchmark: pytest.FixtureRequest, drafter
     arguments = {"class_labels": labels, "guidance_scale": 1.5, "num_inference_steps": steps, "window": window, "seed": 0}
     stats = benchmark.pedantic(lambda: free.speculative_sample(model, drafter, **arguments).stats, rounds=1)
     efficiency = stats.efficiency_per_sample
-    error = float(efficiency.std(ddof=1) / len(efficiency) ** 0.5)
+    error = standard_error(efficiency)
     write_row("sampler", {"benchmark": "parallel efficiency, digits", "drafter": drafter, "steps": steps, "window": window,
                           "guidance_scale": 1.5, "samples": len(labels), "parallel_efficiency": stats.parallel_efficiency,
                           "standard_error": error})  # fmt: skip

@@ -15,9 +15,9 @@ from free.drafters.linear import Bands, LinearDrafter
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Request, check_request
 from free.sampling import NonFiniteOutputError, speculative_sample
-from free.statistics import Stopwatch
+from free.statistics import Stopwatch, standard_error
 from free.window import Round, Setup, advance, first_window
-from free_kernels import Proposal, guided
+from free_kernels import Proposal, guided, x0_estimate
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -152,8 +152,7 @@ class _Sums:
         tested = column < (done.verification.advance - 1 + done.verification.rejected)[:, None]
         steps = (done.step[:, None] + column).clamp(max=process.num_steps - 1)
         anchor = situation.anchor(steps)
-        x0 = _column(process.x0_state_coef, anchor.step) * anchor.state
-        x0 = x0 + _column(process.x0_model_coef, anchor.step) * anchor.output
+        x0 = x0_estimate(anchor.state, anchor.output, anchor.step, process.table)
         hold_x0 = (x0 - _column(process.x0_state_coef, steps) * done.states) / _column(process.x0_model_coef, steps)
         row = tested.nonzero(as_tuple=True)
         step, age = steps[row], torch.bucketize((steps - anchor.step)[row], self.edges, right=True)
@@ -198,18 +197,13 @@ def held_out_table(
     lines = [f"{'drafter':<10}{'efficiency':>12}{'± error':>10}{'accepted':>10}{'draft s':>10}"]
     for stats in runs:
         lines.append(
-            f"{stats.drafter:<10}{stats.parallel_efficiency:>12.3f}{_error(stats.efficiency_per_sample):>10.3f}"
+            f"{stats.drafter:<10}{stats.parallel_efficiency:>12.3f}{standard_error(stats.efficiency_per_sample):>10.3f}"
             f"{stats.acceptance_rate:>10.1%}{stats.seconds['draft']:>10.2f}"
         )
     gain = runs[1].efficiency_per_sample - runs[0].efficiency_per_sample
-    lines.append(f"{'gain':<10}{gain.mean():>+12.3f}{_error(gain):>10.3f}")
+    lines.append(f"{'gain':<10}{gain.mean():>+12.3f}{standard_error(gain):>10.3f}")
     lines.append(f"S={runs[0].steps}, W={runs[0].window}, {num_samples} held-out seeds, the same for both")
     return "\n".join(lines)
-
-
-def _error(values: np.ndarray) -> float:
-    """Standard error of the mean; NaN of a single value."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def _smooth(sums: torch.Tensor, reach: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from free.drafters import Drafter, LinearDrafter, Situation, as_drafter
 from free.request import check_request
 from free.rows import append_row, environment, read_rows
 from free.sampling import speculative_sample
-from free.statistics import SamplingStatistics, Stopwatch
+from free.statistics import SamplingStatistics, Stopwatch, aligned, standard_error
 from free.targets import Target
 from free.targets.dit import DiTTarget
 from free.window import Setup, advance, first_window
@@ -257,13 +257,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    text = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)]
     first = rows[0]
     return "\n".join(
         (
             f"model {first['model']}, {first['samples']} samples in batches of {first['batch_size']}, {first['device']}",
-            *text,
+            *aligned([header, *lines]),
             "efficiency: S / rounds, mean over samples ± standard error; |delta|: mean over tests",
             f"parameters: the drafter's over the target's {first['target_parameters']:,}",
             "FLOPs: of the matrix products of one drafted window over those of one target evaluation of one state",
@@ -398,7 +396,7 @@ def _measure(target: DiTTarget, contender: _Contender, configuration: dict[str, 
     tests = int(tested.sum())
     return {
         "parallel_efficiency": float(efficiency.mean()),
-        "standard_error": float(efficiency.std(ddof=1) / len(efficiency) ** 0.5) if len(efficiency) > 1 else None,
+        "standard_error": standard_error(efficiency) if len(efficiency) > 1 else None,
         "rounds": float(np.concatenate([stats.rounds for stats in runs]).mean()),
         "acceptance_rate": int(accepted.sum()) / tests if tests else None,
         "mean_delta": float(delta.sum()) / tests if tests else None,

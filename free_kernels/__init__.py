@@ -10,7 +10,7 @@ from free_kernels.dispatch import IMPLEMENTATIONS
 from free_kernels.householder import householder
 from free_kernels.philox import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, philox, uniform
 from free_kernels.posterior import posterior
-from free_kernels.posterior.reference import guided
+from free_kernels.posterior.reference import guided, x0_estimate
 from free_kernels.propose import HOLD_DRAFTS, Proposal, propose
 from free_kernels.propose.reference import anchor_index
 from free_kernels.table import StepTable
@@ -37,4 +37,5 @@ __all__ = [
     "propose",
     "uniform",
     "verify",
+    "x0_estimate",
 ]

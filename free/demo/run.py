@@ -18,6 +18,7 @@ from free.demo.digits import (
 )
 from free.drafters import as_drafter
 from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
+from free.statistics import aligned
 from free.training import TargetTrainingConfig
 
 
@@ -141,9 +142,7 @@ def _table(both: tuple[Runs, Runs]) -> str:
         )
         for run in both
     ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join((*lines, "per sample; seconds are medians"))
+    return "\n".join((*aligned([header, *rows]), "per sample; seconds are medians"))
 
 
 def _draw(both: tuple[Runs, Runs], output: Path) -> None:

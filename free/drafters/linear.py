@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from free.drafters.base import Situation, StepDrafter
-from free_kernels import NOISE_STREAM, Proposal, normal
+from free_kernels import NOISE_STREAM, Proposal, normal, x0_estimate
 
 if TYPE_CHECKING:
     from free.process import ReverseProcess
@@ -93,7 +93,7 @@ class _Prepared:
     edges: torch.Tensor
     """int64 [G - 1]."""
     columns: torch.Tensor
-    """float32 [S, 6]: state_coef, model_coef, std, x0_state_coef, x0_model_coef, 1 / x0_model_coef."""
+    """float32 [S, 5]: state_coef, model_coef, std, x0_state_coef, 1 / x0_model_coef."""
 
 
 class LinearDrafter(StepDrafter):
@@ -163,8 +163,10 @@ class LinearDrafter(StepDrafter):
     def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
         prepared = self._prepare(situation)
         anchor = situation.anchor(step)
-        _, _, _, x0_state_coef, _, inverse = prepared.columns[step].unsqueeze(-1).unbind(1)
-        hold_x0 = inverse * (_x0(anchor.state, anchor.output, anchor.step, prepared) - x0_state_coef * state)
+        _, _, _, x0_state_coef, inverse = prepared.columns[step].unsqueeze(-1).unbind(1)
+        hold_x0 = inverse * (
+            x0_estimate(anchor.state, anchor.output, anchor.step, situation.process.table) - x0_state_coef * state
+        )
         weight = _weight(step, anchor.step, prepared)
         bands = prepared.bands
         return anchor.output + bands.inverse(weight * bands.forward(hold_x0 - anchor.output))
@@ -183,12 +185,12 @@ class LinearDrafter(StepDrafter):
         if noise is None:
             noise = normal(situation.seed[:, None], steps, numel, stream=NOISE_STREAM, impl=situation.impl)
         anchor = situation.anchor(steps)
-        state_coef, model_coef, std, x0_state_coef, _, inverse = prepared.columns[steps].unsqueeze(-1).unbind(2)
+        state_coef, model_coef, std, x0_state_coef, inverse = prepared.columns[steps].unsqueeze(-1).unbind(2)
         scaled_noise = std * noise[:, : window - 1]
         weight = _weight(steps, anchor.step, prepared)  # [B, W-1, D]
 
         # frequencies of the output, less what hold-x0 takes off it for the state: y = held - pull * s
-        x0 = inverse * _x0(anchor.state, anchor.output, anchor.step, prepared)
+        x0 = inverse * x0_estimate(anchor.state, anchor.output, anchor.step, situation.process.table)
         stacked = torch.cat((situation.state[:, None], anchor.output, x0, scaled_noise), 1)  # [B, 1 + 3 (W-1), D]
         state, output, x0, drive = prepared.bands.forward(stacked).split((1, *(window - 1,) * 3), 1)
         held = torch.lerp(output, x0, weight)
@@ -222,7 +224,6 @@ class LinearDrafter(StepDrafter):
             process.model_coef,
             process.std,
             process.x0_state_coef,
-            process.x0_model_coef,
             process.x0_model_coef.reciprocal(),
         )
         self._prepared = _Prepared(
@@ -318,9 +319,3 @@ def _weight(step: torch.Tensor, anchor_step: torch.Tensor, prepared: _Prepared) 
     """w of each frequency, [*step.shape, D]."""
     age = torch.bucketize(step - anchor_step, prepared.edges, right=True)
     return prepared.weight[step, age][..., prepared.bands.index]
-
-
-def _x0(state: torch.Tensor, output: torch.Tensor, step: torch.Tensor, prepared: _Prepared) -> torch.Tensor:
-    """The anchors' estimate of the clean sample, [*step.shape, D]."""
-    state_coef, model_coef = prepared.columns[step][..., 3:5, None].unbind(-2)
-    return state_coef * state + model_coef * output
