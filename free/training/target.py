@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,14 @@ def train_target(
         label = torch.where(torch.rand(config.batch_size) < config.label_dropout, null_class, label)
         timestep = torch.randint(noise_schedule.config.num_train_timesteps, (config.batch_size,))
         noise = torch.randn_like(clean)
-        predicted = model(noise_schedule.add_noise(clean, noise, timestep), timestep, label).sample
+        noisy = noise_schedule.add_noise(clean, noise, timestep)
+        output = model(noisy, timestep, label).sample
+        channels = clean.shape[1]
+        predicted, variance = output[:, :channels], output[:, channels:]
         loss = torch.nn.functional.mse_loss(predicted, noise)
+        if variance.numel():
+            betas = noise_schedule.betas
+            loss = loss + variance_loss(clean, noisy, predicted.detach(), variance, timestep, betas)
         if iteration % 100 == 0:
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at training step {iteration}; nothing was saved")
@@ -79,6 +86,41 @@ def train_target(
     ema.copy_to(model.parameters())
     model.half().save_pretrained(output_dir, safe_serialization=True)
     return model.float()
+
+
+def variance_loss(
+    clean: torch.Tensor,
+    noisy: torch.Tensor,
+    epsilon: torch.Tensor,
+    variance: torch.Tensor,
+    timestep: torch.Tensor,
+    betas: torch.Tensor,
+) -> torch.Tensor:
+    """The variational bound's term that trains the learned variance (Nichol & Dhariwal 2021, eqs. 15 and 16), bits a number.
+
+    Args:
+        clean, noisy, epsilon, variance: [B, channels, height, width]: data, noised data, the predicted noise (detached: this
+            loss must not move the mean), the variance channels, -1 for the posterior's variance and 1 for beta.
+        timestep: int64 [B]; t = 0, whose posterior has no variance, counts as zero.
+        betas: float32 [T].
+    """
+    alphas = (1 - betas.double()).cumprod(0)
+    before = torch.cat((alphas.new_ones(1), alphas[:-1]))
+    posterior = betas * (1 - before) / (1 - alphas)
+    posterior[0] = posterior[1]
+
+    def at(table: torch.Tensor) -> torch.Tensor:
+        return table[timestep].float().view(-1, 1, 1, 1)
+
+    x0 = (noisy - at((1 - alphas).sqrt()) * epsilon) / at(alphas.sqrt())
+    difference = at(before.sqrt() * betas / (1 - alphas)) * (clean - x0)  # of the two posterior means
+    share = (variance + 1) / 2
+    log_posterior = at(posterior.log())
+    log_variance = share * at(betas.log()) + (1 - share) * log_posterior
+    divergence = log_variance - log_posterior - 1 + (log_posterior - log_variance).exp()
+    divergence = divergence + difference.square() * (-log_variance).exp()
+    bits = divergence.flatten(1).mean(-1) / (2 * math.log(2))
+    return torch.where(timestep > 0, bits, 0.0).mean()
 
 
 def zero_gates(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
