@@ -18,15 +18,18 @@ from free.drafters import (
     as_drafter,
 )
 from free.process import ReverseProcess
+from free.relaxation import DraftedSteps, Relaxation
 from free.sampling import NonFiniteOutputError, SamplingOutput, ancestral_sample, speculative_sample
 from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
+from free.variance import average_learned_variance
 from free.version import __version__
 
 __all__ = [
     "Anchor",
     "CallableTarget",
     "DiTTarget",
+    "DraftedSteps",
     "Drafter",
     "HoldOutput",
     "HoldX0",
@@ -34,6 +37,7 @@ __all__ = [
     "LinearDrafter",
     "ModelDrafter",
     "NonFiniteOutputError",
+    "Relaxation",
     "ReverseProcess",
     "SamplingOutput",
     "SamplingStatistics",
@@ -45,6 +49,7 @@ __all__ = [
     "ancestral_sample",
     "as_drafter",
     "as_target",
+    "average_learned_variance",
     "calibrate",
     "speculative_sample",
 ]

@@ -59,6 +59,9 @@ class ReverseProcess:
     clip_x0_coef: torch.Tensor | None = None
     clip_range: float | None = None
     """Bound of the x0 estimate (diffusers' ``clip_sample_range``), or None for no clipping."""
+    log_variance_range: torch.Tensor | None = None
+    """[S, 2]: log posterior variance and log beta of each step, between which a learned variance lies (Nichol & Dhariwal
+    2021, eq. 15); None where the process says nothing of them."""
     exact_step: torch.Tensor = field(init=False, repr=False)
     """int64 [S]: the first step >= k that is never drafted, because its std is 0 or it is the last."""
 
@@ -85,6 +88,8 @@ class ReverseProcess:
                     "(epsilon prediction at zero terminal SNR, for one; use v_prediction there)"
                 )
             object.__setattr__(self, name, column.detach().to(torch.float32))
+        if self.log_variance_range is not None:
+            self._check_log_variance_range(self.log_variance_range)
         if (self.std < 0).any():
             raise ValueError(f"std is {self.std.min().item()} at one step; allowed is 0 or more")
         never_drafted = self.std == 0
@@ -92,6 +97,13 @@ class ReverseProcess:
         step = torch.arange(self.num_steps, device=self.std.device)
         candidates = torch.where(never_drafted, step, self.num_steps)
         object.__setattr__(self, "exact_step", candidates.flip(0).cummin(0).values.flip(0))
+
+    def _check_log_variance_range(self, logs: torch.Tensor) -> None:
+        if logs.shape != (self.num_steps, 2):
+            raise ValueError(f"log_variance_range has shape {tuple(logs.shape)}; allowed is ({self.num_steps}, 2)")
+        if not torch.isfinite(logs).all():
+            raise ValueError("log_variance_range holds NaN or infinity; allowed are finite numbers")
+        object.__setattr__(self, "log_variance_range", logs.detach().to(torch.float32))
 
     @property
     def num_steps(self) -> int:
@@ -119,7 +131,8 @@ class ReverseProcess:
         if self.std.device == torch.device(device):
             return self
         columns = {name: getattr(self, name).to(device) for name in ("timestep", *_COLUMNS)}
-        return ReverseProcess(**columns, clip_range=self.clip_range)
+        logs = None if self.log_variance_range is None else self.log_variance_range.to(device)
+        return ReverseProcess(**columns, clip_range=self.clip_range, log_variance_range=logs)
 
     @classmethod
     def ddpm(
@@ -146,7 +159,8 @@ class ReverseProcess:
             num_train_timesteps: length of the schedule that the network was trained with; a tensor of betas brings its own.
             beta_schedule: ``"linear"``, ``"scaled_linear"``, ``"squaredcos_cap_v2"``, or the betas [num_train_timesteps].
             variance: ``"posterior"`` (Ho et al. eq. 7), ``"beta"``, ``"geometric"`` (the geometric mean of the two), or
-                the variances of the S steps as a tensor, 0 or more. FREE (arXiv 2511.20390), supplement C.
+                the variances of the S steps as a tensor, 0 or more, such as :func:`free.average_learned_variance` makes.
+                FREE (arXiv 2511.20390), supplement C.
             prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
             timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``, as diffusers defines them.
             stochasticity: epsilon of the reverse SDE with noise scaled by epsilon and drift ``(1 + epsilon²) / 2`` times
@@ -302,6 +316,8 @@ def _ddpm_columns(
         "x0_model_coef": x0_model_coef,
         "clip_state_coef": clip_state_coef,
         "clip_x0_coef": clip_x0_coef,
+        # the last posterior variance is 0: its logarithm is cut off where diffusers does it
+        "log_variance_range": torch.stack((posterior, beta), -1).clamp(min=1e-20).log(),
     }
 
 

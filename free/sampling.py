@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from free.drafters import Drafter, as_drafter
 from free.process import ReverseProcess
+from free.relaxation import Relaxation
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
 from free.statistics import SamplingStatistics, Stopwatch
 from free.window import Live, Round, Setup, advance, first_window
@@ -54,6 +55,7 @@ def speculative_sample(
     num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float = 1.0,
     window: int = 8,
+    relaxation: Relaxation | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
@@ -79,6 +81,8 @@ def speculative_sample(
         num_inference_steps: S, where ``process`` does not say.
         guidance_scale: classifier-free guidance, at least 1 (none).
         window: W, states of a sample evaluated in one round; 1 is the ancestral sampler.
+        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound`` says how
+            much of it. None is exact.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
@@ -97,6 +101,8 @@ def speculative_sample(
         TypeError: a model or drafter that is none of the above.
         NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it.
     """
+    if relaxation is not None and not isinstance(relaxation, Relaxation):
+        raise TypeError(f"relaxation is a {type(relaxation).__name__}; allowed is a free.Relaxation, or None")
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window is {window!r}; allowed is an int, 1 or more")
     drafter = as_drafter(drafter)
@@ -116,16 +122,19 @@ def speculative_sample(
         callback_on_step_end=callback_on_step_end,
     )
     drafter.check(request.target)
+    if relaxation is not None:
+        relaxation.check(request.target, request.process)
 
-    setup = Setup(request, drafter, min(window, request.process.num_steps), impl)
+    setup = Setup(request, drafter, min(window, request.process.num_steps), impl, relaxation)
     stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
     live = first_window(setup, result.state.clone())
     features = request.target.capture_features() if drafter.needs_features else nullcontext()
+    variance = relaxation.capture(request.target) if relaxation else nullcontext()
     bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
     begin = time.perf_counter()
-    with bar, features:
+    with bar, features, variance:
         while len(live.index):
             done = advance(live, setup, watch)
             settled, unfinished = _account(done, live, stats, request)
@@ -272,6 +281,7 @@ class _Result:
         self.model = model
         self.callback = callback
         self.step = torch.full_like(request.seed, -1)  # the last settled one
+        self.spent = torch.zeros(request.batch, 2, dtype=torch.float64, device=state.device)
         self.trajectory: torch.Tensor | None = None
         if return_trajectory:
             self.trajectory = state.new_empty(request.batch, request.process.num_steps + 1, state.shape[1])
@@ -281,6 +291,8 @@ class _Result:
         """Take over the live samples after a round."""
         self.state[live.index] = live.state
         self.step[live.index] = live.step - 1
+        if live.ledger is not None:
+            self.spent[live.index] = live.ledger.spent
         if self.trajectory is not None:
             window = done.states.shape[1]
             column = torch.arange(window, device=live.step.device)
@@ -300,6 +312,7 @@ class _Result:
 
     def output(self, stats: SamplingStatistics) -> SamplingOutput:
         shape = self.request.sample_shape
+        stats.excess_acceptance, stats.divergence = self.spent.T.cpu().numpy()
         trajectory = None if self.trajectory is None else self.trajectory.unflatten(-1, shape)
         return SamplingOutput(self.state.unflatten(-1, shape), stats, trajectory)
 

@@ -20,6 +20,29 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
+def total_variation(excess_acceptance: np.ndarray, divergence: np.ndarray) -> tuple[float, float]:
+    """Bound on the total variation between the relaxed and the exact law of a trajectory, and its standard error.
+
+    The least of three bounds in the means over the samples (``docs/relaxation.md``): that of ``excess_acceptance``, which is
+    tight where few steps are relaxed, and with K that of ``divergence``, tight where many are a little, Pinsker's
+    ``sqrt(K / 2)`` and Bretagnolle and Huber's ``sqrt(1 - exp(-K))``, which is below 1 always.
+
+    Args:
+        excess_acceptance, divergence: float64 [N], as in :class:`SamplingStatistics`.
+    """
+    spent, nats = float(excess_acceptance.mean()), float(divergence.mean())
+    if spent == 0:
+        return 0.0, 0.0
+    pinsker, huber = (nats / 2) ** 0.5, (-np.expm1(-nats)) ** 0.5
+    bounds = [
+        (spent, standard_error(excess_acceptance)),
+        (pinsker, standard_error(divergence) / (4 * pinsker) if pinsker else 0.0),
+        (huber, standard_error(divergence) * np.exp(-nats) / (2 * huber) if huber else 0.0),
+    ]
+    bound, error = min(bounds)
+    return float(bound), float(error)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of as many cells each, as lines of right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -82,6 +105,11 @@ class SamplingStatistics:
     """int64 [S]: drafts accepted by step."""
     delta_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """float64 [S]: sum of |delta| over the tests of each step."""
+    excess_acceptance: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [B]: sum over each sample's tests of ``E[a_tau] - E[a_1]``, the tests expected to accept what an exact one
+    would have rejected; 0 without relaxation."""
+    divergence: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [B]: sum over each sample's tests of a bound on the Kullback-Leibler divergence from the exact step, nats."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     """Wall seconds in ``draft``, ``target`` and ``verification``."""
     total_seconds: float = 0.0
@@ -92,6 +120,9 @@ class SamplingStatistics:
             self.tested = np.zeros(self.steps, np.int64)
             self.accepted = np.zeros(self.steps, np.int64)
             self.delta_sum = np.zeros(self.steps)
+        if not len(self.excess_acceptance):
+            self.excess_acceptance = np.zeros(len(self.rounds))
+            self.divergence = np.zeros(len(self.rounds))
 
     @property
     def parallel_efficiency(self) -> float:
@@ -115,6 +146,18 @@ class SamplingStatistics:
         with np.errstate(invalid="ignore"):
             return np.where(self.tested > 0, self.delta_sum / np.maximum(self.tested, 1), np.nan)
 
+    @property
+    def total_variation_bound(self) -> float:
+        """Estimate, from these samples, of a bound on the total variation between the law of a trajectory of this run and
+        the exact one; exactly 0 without relaxation. See :func:`total_variation`.
+        """
+        return total_variation(self.excess_acceptance, self.divergence)[0]
+
+    @property
+    def total_variation_error(self) -> float:
+        """Standard error of :attr:`total_variation_bound`; NaN of a single sample."""
+        return total_variation(self.excess_acceptance, self.divergence)[1]
+
     def count_forward(self, states: int, limit: int | None) -> None:
         """An evaluation of ``states`` states, at most ``limit`` a forward."""
         self.target_evaluations += states
@@ -133,12 +176,19 @@ class SamplingStatistics:
             ("rounds per sample", f"{rounds.mean():.1f} (least {rounds.min()}, most {rounds.max()})"),
             ("parallel efficiency", f"{self.parallel_efficiency:.2f}"),
             ("drafts accepted", f"{self.accepted.sum()} of {self.tested.sum()}"),
+            *self._relaxed(),
             ("target forwards", f"{self.forwards} (states x forwards: {sizes})"),
             ("target evaluations", f"{self.target_evaluations}"),
             ("seconds", f"{self.total_seconds:.3f}, of which " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _relaxed(self) -> list[tuple[str, str]]:
+        if not self.excess_acceptance.any():
+            return []
+        bound = f"at most {self.total_variation_bound:.3g} ± {self.total_variation_error:.2g} in total variation"
+        return [("off the exact law", bound)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready numbers, lists and strings; NaN becomes None."""
@@ -156,6 +206,10 @@ class SamplingStatistics:
             "tested": self.tested.tolist(),
             "accepted": self.accepted.tolist(),
             "mean_delta": [None if np.isnan(value) else value for value in self.mean_delta.tolist()],
+            "excess_acceptance": self.excess_acceptance.tolist(),
+            "divergence": self.divergence.tolist(),
+            "total_variation_bound": self.total_variation_bound,
+            "total_variation_error": None if np.isnan(self.total_variation_error) else self.total_variation_error,
             "seconds": dict(self.seconds),
             "total_seconds": self.total_seconds,
         }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from free.drafters import Drafter, LastWindow, Situation
+from free.relaxation import Ledger, Relaxation
 from free.request import Request
 from free.statistics import Stopwatch
 from free.targets.base import TargetOutput, take_rows
@@ -30,6 +31,8 @@ class Setup:
     drafter: Drafter
     window: int
     impl: str
+    relaxation: Relaxation | None = None
+    """None is exact."""
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Live:
     last: LastWindow
     noise: NoiseWindow | None
     """Kept for the reference operations; the kernels make noise faster than they could read it."""
+    ledger: Ledger | None = None
+    """Of a relaxed run."""
 
     def keep(self, rows: torch.Tensor) -> Live:
         """The live samples at ``rows`` (int64)."""
@@ -76,7 +81,8 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if setup.request.guided else None)
     stored = resolve(setup.impl, seed.device) == "reference"
     noise = NoiseWindow.empty(seed, setup.window, numel) if stored else None
-    return Live(index, seed, step, state, last, noise)
+    ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
+    return Live(index, seed, step, state, last, noise, ledger)
 
 
 def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
@@ -101,12 +107,16 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
             request.guidance_scale,
             setup.impl,
         )
-        states, draft_output = setup.drafter.propose(situation)  # [B, W, D], [B, W-1, D]
+        proposal = setup.drafter.propose(situation)
+        states, draft_output = proposal  # [B, W, D], [B, W-1, D]
 
     with watch("target"):
         output = evaluate(states, step, length, live.index, request)
 
     with watch("verification"):
+        tau = None
+        if setup.relaxation and live.ledger:
+            tau = live.ledger.tau(setup.relaxation, situation, proposal, output, length)  # [B, W-1]
         verification = verify(
             states,
             output.output,
@@ -119,8 +129,11 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
             guidance_scale=request.guidance_scale,
             noise=noise,
             uniforms=uniforms,
+            tau=tau,
             impl=setup.impl,
         )
+        if tau is not None and live.ledger:
+            live.ledger = live.ledger.settle(tau, verification)
 
     live.state = verification.next_state
     live.step = step + verification.advance
@@ -156,7 +169,12 @@ def evaluate(
 
     output = window_of(evaluated.output, 2)
     assert output is not None
-    return TargetOutput(output, window_of(evaluated.unconditional, 2), window_of(evaluated.feature, 3))
+    return TargetOutput(
+        output,
+        window_of(evaluated.unconditional, 2),
+        window_of(evaluated.feature, 3),
+        window_of(evaluated.variance_share, 1),
+    )
 
 
 def leading_finite(output: TargetOutput) -> torch.Tensor:

@@ -24,6 +24,9 @@ class TargetOutput:
     """[N, *sample shape] under guidance, else None."""
     feature: torch.Tensor | None = None
     """Top-block feature [N, tokens, width] of the conditional half, while it is captured."""
+    variance_share: torch.Tensor | None = None
+    """float32 [N] in [0, 1], while it is captured: where the learned log variance lies between log posterior variance (0)
+    and log beta (1), mean over the sample's elements; of the conditional half."""
 
 
 class Target(ABC):
@@ -36,6 +39,8 @@ class Target(ABC):
     """Shape of one sample, where the model knows it."""
     has_features = False
     """Whether the top-block feature can be captured."""
+    learns_variance = False
+    """Whether the model predicts the variance of each step beside its mean, which can be captured."""
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
         if max_forward_batch is not None and max_forward_batch < 1:
@@ -44,6 +49,7 @@ class Target(ABC):
         self.model = model
         self.module = module if isinstance(module, torch.nn.Module) else None
         self.max_forward_batch = max_forward_batch
+        self._capturing_variance = False
         self.check_ready()
 
     def check_ready(self) -> None:
@@ -128,6 +134,7 @@ class Target(ABC):
             torch.cat([part.output for part in parts]),
             _cat_or_none([part.unconditional for part in parts]),
             _cat_or_none([part.feature for part in parts]),
+            _cat_or_none([part.variance_share for part in parts]),
         )
 
     def forward_batch(self, guided: bool) -> int | None:
@@ -149,6 +156,28 @@ class Target(ABC):
                 "use a DiTTransformer2DModel, or a drafter without features such as 'hold-x0'"
             )
         yield
+
+    def check_learned_variance(self) -> None:
+        """Raise a ValueError if the model predicts no variance."""
+        if not self.learns_variance:
+            raise ValueError(
+                "model has no learned-variance channels; allowed is a DiTTransformer2DModel with twice as many output as "
+                "input channels"
+            )
+
+    @contextmanager
+    def capture_variance(self) -> Iterator[None]:
+        """Within this context :meth:`evaluate` also returns the learned variance's share.
+
+        Raises:
+            ValueError: the model predicts none.
+        """
+        self.check_learned_variance()
+        self._capturing_variance = True
+        try:
+            yield
+        finally:
+            self._capturing_variance = False
 
 
 def has_rows(value: Any) -> bool:

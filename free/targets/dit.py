@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class DiTTarget(Target):
-    """A ``DiTTransformer2DModel``: guidance of all latent channels in the same forward, learned-variance channels dropped.
+    """A ``DiTTransformer2DModel``: guidance of all latent channels in the same forward; learned-variance channels take no
+    part in a step.
 
     Without labels every sample is drawn from the null class, ``config.num_embeds_ada_norm``.
     """
@@ -43,6 +44,7 @@ class DiTTarget(Target):
                 f"model has {self.channels} input and {out_channels} output channels; allowed are as many outputs, or "
                 "twice as many (learned variance)"
             )
+        self.learns_variance = out_channels > self.channels
         self._scheduler = scheduler
         self._captured: torch.Tensor | None = None
         self._capturing = False
@@ -90,13 +92,17 @@ class DiTTarget(Target):
             inputs = torch.cat((inputs, inputs))
             timestep = torch.cat((timestep, timestep))
             labels = torch.cat((labels, torch.full_like(labels, self.null_class)))
-        output = self.model(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
-        output = check_output(output[:, : self.channels], inputs)
+        raw = self.model(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
+        output = check_output(raw[:, : self.channels], inputs)
         feature = None
         if self._capturing:
             assert self._captured is not None
             feature = self._captured[:rows]
-        return TargetOutput(output[:rows], output[rows:] if guided else None, feature)
+        share = None
+        if self._capturing_variance:
+            # the network gives -1 for the posterior's log variance and 1 for beta's
+            share = ((raw[:rows, self.channels :].float() + 1) / 2).clamp(0, 1).flatten(1).mean(-1)
+        return TargetOutput(output[:rows], output[rows:] if guided else None, feature, share)
 
     @contextmanager
     def capture_features(self) -> Iterator[None]:

@@ -1,0 +1,108 @@
+"""The variance that a target learned beside its mean (Nichol & Dhariwal 2021, eq. 15; FREE, supplement C)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from free.process import ReverseProcess
+from free.request import DEFAULT_STEPS, check_request
+from free_kernels import posterior
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+def learned_log_variance(share: torch.Tensor, process: ReverseProcess, step: torch.Tensor) -> torch.Tensor:
+    """``share * log beta + (1 - share) * log posterior variance``, float32.
+
+    Args:
+        share: in [0, 1], of any shape; the mean of a sample's shares gives the mean of its log variances.
+        process: one that has a ``log_variance_range``.
+        step: int64, of the same shape.
+    """
+    assert process.log_variance_range is not None
+    low, high = process.log_variance_range[step].unbind(-1)
+    return share * high + (1 - share) * low
+
+
+@torch.no_grad()
+def average_learned_variance(
+    model: Any,
+    num_inference_steps: int = DEFAULT_STEPS,
+    *,
+    process: ReverseProcess | SchedulerMixin | None = None,
+    class_labels: Any = None,
+    guidance_scale: float = 1.0,
+    num_trajectories: int = 8,
+    seed: int = 0,
+    impl: str = "auto",
+    progress: bool = False,
+) -> torch.Tensor:
+    """A fixed schedule of variances from the target's learned ones, for ``ReverseProcess.ddpm(variance=...)``.
+
+    The learned log variance of each step, averaged over the elements of the states of a few ancestral trajectories: draft
+    and target must share one std, which a variance of their own at each state does not allow.
+
+    Args:
+        model: a ``DiTTransformer2DModel`` with learned variance, a pipeline or target of one.
+        num_inference_steps: S, where ``process`` does not say.
+        process: whose trajectories are looked at and whose posterior and beta are interpolated; the DDPM with geometric
+            variances, the middle of the learned range, if left out.
+        class_labels, guidance_scale, impl: as in :func:`free.speculative_sample`.
+        num_trajectories: all run in one batch; with several labels, one each.
+        seed: of the trajectories.
+        progress: show a bar that counts steps.
+
+    Returns:
+        float64 [S]; 0 at steps without noise.
+
+    Raises:
+        ValueError: a model that learned no variance, or another wrong argument, named, before any work is done.
+    """
+    if isinstance(num_trajectories, bool) or not isinstance(num_trajectories, int) or num_trajectories < 1:
+        raise ValueError(f"num_trajectories is {num_trajectories!r}; allowed is an int, 1 or more")
+    one_label = class_labels is None or not hasattr(class_labels, "__len__")
+    request = check_request(
+        model,
+        class_labels=class_labels,
+        conditioning=None,
+        num_samples=num_trajectories if one_label else None,
+        shape=None,
+        process=ReverseProcess.ddpm(num_inference_steps, variance="geometric") if process is None else process,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        generator=None,
+        latents=None,
+        impl=impl,
+        callback_on_step_end=None,
+    )
+    target, process = request.target, request.process
+    target.check_learned_variance()
+    if process.log_variance_range is None:
+        raise ValueError("process has no log_variance_range, between which a learned variance lies")
+
+    state = request.initial_state()
+    log_variance = torch.zeros(process.num_steps, dtype=torch.float64, device=state.device)
+    with target.capture_variance():
+        for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
+            step = torch.full_like(request.seed, k)
+            output = target.evaluate(
+                state.view(-1, *request.sample_shape), process.timestep[step], request.conditioning, request.guided
+            )
+            assert output.variance_share is not None
+            log_variance[k] = learned_log_variance(output.variance_share, process, step).double().mean()
+            state = posterior(
+                state,
+                output.output.flatten(1),
+                request.seed,
+                step,
+                process.table,
+                unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
+                guidance_scale=request.guidance_scale,
+                impl=impl,
+            )
+    return torch.where(process.std > 0, log_variance.exp(), 0.0).cpu()
