@@ -118,8 +118,8 @@ def _add_compare(commands: Any) -> None:
     compare = commands.add_parser(
         "compare",
         help="compare drafters against one target: efficiency, acceptance, |delta|, cost",
-        description="Samples with every drafter, window, number of steps and guidance scale, prints a table, writes a "
-        "figure and appends a row for each configuration as soon as it is measured.",
+        description="Samples with every drafter, window, number of steps, guidance scale, process and relaxation, prints a "
+        "table, writes a figure and appends a row for each configuration as soon as it is measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     compare.add_argument(
@@ -131,6 +131,24 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--windows", nargs="+", type=_positive, default=[2, 4, 8, 16, 32, 64], metavar="W", help="windows")
     compare.add_argument("--steps", nargs="+", type=_positive, default=[50, 250], metavar="S", help="denoising steps")
     compare.add_argument("--guidance-scales", nargs="+", type=float, default=[1.5], metavar="SCALE", help="1 is no guidance")
+    compare.add_argument(
+        "--variance", nargs="+", default=["posterior"], metavar="NAME",
+        help="of the process: posterior, beta, geometric, or learned (the model's own, averaged)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--stochasticity", nargs="+", type=float, default=[1.0], metavar="EPSILON", help="of the process; 1 is DDPM"
+    )
+    compare.add_argument(
+        "--relaxation", nargs="+", type=float, default=[0.0], metavar="STRENGTH", help="of relaxed acceptance; 0 is exact"
+    )
+    compare.add_argument("--uncertainty", default="residual", help="what relaxation is guided by: residual or learned")
+    compare.add_argument(
+        "--budget", type=float, default=None, help="total variation that a relaxed sample may spend, 0 to 1"
+    )
+    compare.add_argument(
+        "--data", default=None, metavar="DATA",
+        help="real data to judge the samples by: digits, or a .npz of images and labels; draws quality over rounds",
+    )  # fmt: skip
     compare.add_argument("--samples", type=_positive, default=16, help="samples a configuration; classes take turns")
     compare.add_argument("--batch-size", type=_positive, default=16, help="samples drawn at once")
     compare.add_argument("--seed", type=int, default=0, help="seed of the first sample")

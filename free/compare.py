@@ -1,4 +1,4 @@
-"""``free-dit compare``: any drafters against one target, over windows, steps and guidance scales."""
+"""``free-dit compare``: any drafters against one target, over windows, steps, guidance scales, processes and relaxations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,22 @@ import torch
 from tqdm.auto import tqdm
 
 from free.drafters import Drafter, LinearDrafter, Situation, as_drafter
+from free.process import VARIANCES, ReverseProcess
+from free.quality import Judge, load_data
+from free.relaxation import Relaxation
+from free.report import draw, draw_quality, table
 from free.request import check_request
 from free.rows import append_row, environment, read_rows
 from free.sampling import speculative_sample
-from free.statistics import SamplingStatistics, Stopwatch, aligned, standard_error
+from free.statistics import SamplingStatistics, Stopwatch, standard_error, total_variation
 from free.targets import Target
 from free.targets.dit import DiTTarget
+from free.variance import average_learned_variance
 from free.window import Setup, advance, first_window
 from free_kernels import Proposal
 
 DEFAULT_RESULTS = Path("benchmarks/results/compare.jsonl")
 """Where the rows go if the caller names no file and is in a checkout."""
-
-_DRAWN_WINDOW = 8  # the sampler's default, for the panels that show one window
-_BINS = 25
 
 # what makes two rows measurements of the same thing: milliseconds depend on the batch size and the device too
 _KEY = (
@@ -43,7 +45,15 @@ _KEY = (
     "batch_size",
     "seed",
     "device",
+    "variance",
+    "stochasticity",
+    "strength",
+    "uncertainty",
+    "budget",
+    "data_fingerprint",
 )
+# of rows that were written before these could be chosen
+_USUAL = {"variance": "posterior", "stochasticity": 1.0, "strength": 0.0}
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,47 @@ class _Contender:
         return _digest(self.learned) if self.learned else None
 
 
+@dataclass(frozen=True)
+class _Configuration:
+    """What one row measures."""
+
+    guidance_scale: float
+    steps: int
+    variance: str
+    stochasticity: float
+    contender: _Contender
+    window: int
+    relaxation: Relaxation
+
+    @property
+    def title(self) -> str:
+        relaxed = f", strength {self.relaxation.strength:g}" if self.relaxation.strength else ""
+        return f"{self.contender.word}, W={self.window}, S={self.steps}, guidance {self.guidance_scale:g}{relaxed}"
+
+    def row(self) -> dict[str, Any]:
+        relaxed = self.relaxation.strength > 0
+        return {
+            "drafter": self.contender.word,
+            "drafter_fingerprint": self.contender.fingerprint,
+            "window": self.window,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "variance": self.variance,
+            "stochasticity": self.stochasticity,
+            "strength": float(self.relaxation.strength),
+            "uncertainty": self.relaxation.uncertainty if relaxed else None,
+            "budget": self.relaxation.budget if relaxed else None,
+        }
+
+    def process(self, target: DiTTarget) -> ReverseProcess:
+        variance: str | torch.Tensor = self.variance
+        if variance == "learned":
+            variance = average_learned_variance(
+                target, self.steps, class_labels=range(target.null_class), guidance_scale=self.guidance_scale
+            )
+        return ReverseProcess.ddpm(self.steps, variance=variance, stochasticity=self.stochasticity)
+
+
 def compare(
     *,
     model: Path | None = None,
@@ -67,6 +118,12 @@ def compare(
     windows: Sequence[int] = (2, 4, 8, 16, 32, 64),
     steps: Sequence[int] = (50, 250),
     guidance_scales: Sequence[float] = (1.5,),
+    variance: Sequence[str] = ("posterior",),
+    stochasticity: Sequence[float] = (1.0,),
+    relaxation: Sequence[float] = (0.0,),
+    uncertainty: str = "residual",
+    budget: float | None = None,
+    data: str | None = None,
     samples: int = 16,
     batch_size: int = 16,
     seed: int = 0,
@@ -75,7 +132,8 @@ def compare(
     resume: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Sample with every drafter, window, number of steps and guidance scale; print the table, draw the figure.
+    """Sample with every drafter, window, number of steps, guidance scale, process and relaxation; print the table, draw the
+    figure.
 
     Sample i has label i modulo the model's classes and seed ``seed + i``, whatever the batch size.
 
@@ -85,6 +143,14 @@ def compare(
         windows: W, each at least 1 (which is the ancestral sampler).
         steps: S.
         guidance_scales: each at least 1 (none).
+        variance: of the process, names that :meth:`free.ReverseProcess.ddpm` takes, or ``"learned"``, the model's own as
+            :func:`free.average_learned_variance` makes it.
+        stochasticity: of the process, as there.
+        relaxation: strengths, 0 being exact; a window of 1 tests nothing and is measured once, as exact.
+        uncertainty: ``"residual"`` or ``"learned"``.
+        budget: of a relaxed sample.
+        data: real images that the samples are judged by (:mod:`free.quality`), as :func:`free.quality.load_data` takes them;
+            the figure is then quality over rounds. None judges nothing.
         samples: drawn for each configuration.
         batch_size: samples drawn at once, which milliseconds depend on.
         seed: of the first sample.
@@ -116,6 +182,11 @@ def compare(
         if not 1 <= scale < float("inf"):
             raise ValueError(f"guidance_scales holds {scale}; allowed is 1 (no guidance) or more")
     chosen = [drafter_of(word) for word in drafters]
+    relaxations = [Relaxation(strength, uncertainty, budget) for strength in _distinct("relaxation", relaxation)]
+    variance, stochasticity = _distinct("variance", variance), _distinct("stochasticity", stochasticity)
+    for word in variance:
+        if word not in (*VARIANCES, "learned"):
+            raise ValueError(f"variance holds {word!r}; known are {', '.join(map(repr, (*VARIANCES, 'learned')))}")
     _check_output(output)
     if results is None and DEFAULT_RESULTS.parent.is_dir():
         results = DEFAULT_RESULTS
@@ -128,8 +199,18 @@ def compare(
     target = load_target(model)
     for drafter in chosen:
         drafter.check(target)
+    if "learned" in variance:
+        target.check_learned_variance()
     for count in steps:
-        target.default_process(count)
+        for level in stochasticity:
+            process = ReverseProcess.ddpm(count, stochasticity=level)
+    if any(one.strength for one in relaxations):
+        relaxations[0].check(target, process)
+    judge = None if data is None else Judge(*load_data(data))
+    if judge is not None and judge.sample_shape != target.sample_shape:
+        raise ValueError(f"data has images of shape {judge.sample_shape}; the model's samples are {target.sample_shape}")
+    if judge is not None and samples < 3:
+        raise ValueError(f"samples is {samples}; allowed is 3 or more, where data judges them")
     contenders = [
         # a folder's own name: where it stands says nothing
         _Contender(Path(word).name, drafter, _learned(drafter, target))
@@ -148,32 +229,28 @@ def compare(
 
     rows: list[dict[str, Any]] = []
     configurations = [
-        (scale, count, contender, window)
+        _Configuration(scale, count, word, float(level), contender, window, one)
         for scale in guidance_scales
         for count in steps
+        for word in variance
+        for level in stochasticity
         for contender in contenders
         for window in windows
+        for one in (relaxations if window > 1 else [Relaxation(0.0)])
     ]
     with tqdm(total=len(configurations) * samples, disable=not progress, unit="sample") as bar:
-        for scale, count, contender, window in configurations:
-            bar.set_description(f"{contender.word}, W={window}, S={count}, guidance {scale:g}")
-            configuration: dict[str, Any] = {
-                **run,
-                "drafter": contender.word,
-                "drafter_fingerprint": contender.fingerprint,
-                "window": window,
-                "steps": count,
-                "guidance_scale": scale,
-            }
-            row = known.get(_key({**measured_on, **configuration}))
+        for configuration in configurations:
+            bar.set_description(configuration.title)
+            described = {**run, **configuration.row(), **({} if judge is None else {"data_fingerprint": judge.fingerprint})}
+            row = known.get(_key({**measured_on, **described}))
             if row is None:
-                row = {**configuration, **_measure(target, contender, configuration, bar)}
+                row = {**described, **_measure(target, configuration, described, judge, bar)}
                 row = {**measured_on, **row} if results is None else append_row(results, row, measured_on)
             else:
                 bar.update(samples)
             rows.append(row)
     print(table(rows))
-    draw(rows, output)
+    (draw if judge is None else draw_quality)(rows, output)
     print(f"\nfigure: {output}" + (f"\nrows: {results}" if results is not None else ""))
     return rows
 
@@ -234,107 +311,6 @@ def fingerprint(target: DiTTarget) -> str:
     return _digest((state[name] for name in sorted(state)), json.dumps(config, sort_keys=True, default=str))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table for people."""
-    header = (
-        "drafter", "W", "S", "guidance", "efficiency", "accepted", "|delta|", "parameters", "FLOPs", "ms drafting",
-        "ms target", "time",
-    )  # fmt: skip
-    lines = [
-        (
-            row["drafter"],
-            str(row["window"]),
-            str(row["steps"]),
-            f"{row['guidance_scale']:g}",
-            f"{row['parallel_efficiency']:.2f}" + _or_dash(row["standard_error"], " ± {:.2f}", ""),
-            _or_dash(row["acceptance_rate"], "{:.1%}"),
-            _or_dash(row["mean_delta"], "{:.2f}"),
-            _or_dash(row["drafter_parameters"] / row["target_parameters"] or None, "{:.2%}"),
-            _or_dash(row["drafter_flops"] / row["target_flops"] or None, "{:.2%}"),
-            f"{row['draft_milliseconds']:.2f}",
-            f"{row['target_milliseconds']:.2f}",
-            f"{row['draft_milliseconds'] / row['target_milliseconds']:.2%}",
-        )
-        for row in rows
-    ]
-    first = rows[0]
-    return "\n".join(
-        (
-            f"model {first['model']}, {first['samples']} samples in batches of {first['batch_size']}, {first['device']}",
-            *aligned([header, *lines]),
-            "efficiency: S / rounds, mean over samples ± standard error; |delta|: mean over tests",
-            f"parameters: the drafter's over the target's {first['target_parameters']:,}",
-            "FLOPs: of the matrix products of one drafted window over those of one target evaluation of one state",
-            "ms: of drafting a batch's windows and of the target's forward at their states; time: their ratio",
-        )
-    )
-
-
-def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
-    """A line of panels a guidance scale: efficiency by window, then acceptance and mean |delta| by step of one window."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
-    scales = sorted({row["guidance_scale"] for row in rows})
-    drafters = list(dict.fromkeys(row["drafter"] for row in rows))
-    counts = sorted({row["steps"] for row in rows})
-    windows = sorted({row["window"] for row in rows})
-    drawn = _DRAWN_WINDOW if _DRAWN_WINDOW in windows else windows[len(windows) // 2]
-    color = {drafter: f"C{i}" for i, drafter in enumerate(drafters)}
-    dashes = {count: ("-", "--", "-.", ":")[i % 4] for i, count in enumerate(reversed(counts))}
-
-    figure = Figure(figsize=(12, 3.5 * len(scales) + 0.8), layout="constrained")
-    panels = figure.subplots(len(scales), 3, squeeze=False, sharey="col")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    for line, scale in zip(panels, scales, strict=True):
-        here = [row for row in rows if row["guidance_scale"] == scale]
-        for drafter in drafters:
-            for count in counts:
-                curve = sorted(
-                    (row for row in here if row["drafter"] == drafter and row["steps"] == count),
-                    key=lambda row: row["window"],
-                )
-                line[0].errorbar(
-                    [row["window"] for row in curve],
-                    [row["parallel_efficiency"] for row in curve],
-                    [row["standard_error"] or 0.0 for row in curve],
-                    color=color[drafter],
-                    linestyle=dashes[count],
-                    marker="o",
-                    markersize=4,
-                    capsize=3,
-                    label=f"{drafter}, S={count}",
-                )
-            for row in here:
-                if (row["drafter"], row["steps"], row["window"]) == (drafter, counts[-1], drawn):
-                    step, accepted, delta = _by_step(row)
-                    line[1].plot(step, accepted, color=color[drafter], marker="o", markersize=4, label=drafter)
-                    line[2].plot(step, delta, color=color[drafter], marker="o", markersize=4, label=drafter)
-        line[0].plot(windows, windows, color="0.6", linewidth=1, zorder=0, label="bound: W")
-        line[0].set(xscale="log", yscale="log", xlabel="window W", ylabel="parallel efficiency, S / rounds")
-        line[0].set_xticks(windows)
-        top = 1.25 * max(row["parallel_efficiency"] for row in rows)
-        ticks = [2.0**power for power in range(11) if 2.0**power <= top]
-        line[0].set_yticks(ticks)
-        line[0].set_ylim(0.9, top)
-        for axis in (line[0].xaxis, line[0].yaxis):
-            axis.set_major_formatter(plain)
-            axis.set_minor_locator(NullLocator())
-        line[0].set_title(f"guidance {scale:g}")
-        line[1].set(xlabel="step (noise to data)", ylabel="drafts accepted", ylim=(0, 1.02))
-        line[2].set(xlabel="step (noise to data)", ylabel="mean |delta|")
-        # a window of 1 tests nothing, and a perfect draft is off by nothing: then there is no logarithm to draw
-        if any((curve.get_ydata() > 0).any() for curve in line[2].lines):
-            line[2].set_yscale("log", nonpositive="mask")
-        for panel in line[1:]:
-            panel.set(xlim=(0, counts[-1]), title=f"guidance {scale:g}, S={counts[-1]}, W={drawn}")
-        for panel in line:
-            panel.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-    figure.suptitle(f"model {rows[0]['model']}, mean of {rows[0]['samples']} samples with its standard error")
-    figure.savefig(output, dpi=110)
-
-
 class _Watched(Drafter):
     """A drafter whose floating-point operations are counted, those of the latest window."""
 
@@ -369,24 +345,39 @@ class _Flops:
         self.total = int(self._counter.get_total_flops())
 
 
-def _measure(target: DiTTarget, contender: _Contender, configuration: dict[str, Any], bar: Any) -> dict[str, Any]:
-    """Sample one configuration; returns what its row says beside the configuration."""
-    samples, batch_size = configuration["samples"], configuration["batch_size"]
-    arguments = {
-        "num_inference_steps": configuration["steps"],
-        "guidance_scale": configuration["guidance_scale"],
-    }
-    window = configuration["window"]
+def _measure(
+    target: DiTTarget, configuration: _Configuration, described: dict[str, Any], judge: Judge | None, bar: Any
+) -> dict[str, Any]:
+    """Sample one configuration; returns what its row says beside what it is."""
+    samples, batch_size = described["samples"], described["batch_size"]
+    contender, window, scale = configuration.contender, configuration.window, configuration.guidance_scale
+    process, relaxation = configuration.process(target), configuration.relaxation
     labels = [i % target.null_class for i in range(samples)]
-    seeds = [configuration["seed"] + i for i in range(samples)]
-    target_flops, drafter_flops = _count_flops(target, contender.drafter, window, labels[:batch_size], **arguments)
+    seeds = [described["seed"] + i for i in range(samples)]
+    target_flops, drafter_flops = _count_flops(
+        target,
+        contender.drafter,
+        window,
+        labels[:batch_size],
+        num_inference_steps=configuration.steps,
+        guidance_scale=scale,
+    )
     runs: list[SamplingStatistics] = []
+    drawn: list[torch.Tensor] = []
     for first in range(0, samples, batch_size):
         part = slice(first, first + batch_size)
         output = speculative_sample(
-            target, contender.drafter, class_labels=labels[part], seed=seeds[part], window=window, **arguments
+            target,
+            contender.drafter,
+            class_labels=labels[part],
+            seed=seeds[part],
+            window=window,
+            process=process,
+            guidance_scale=scale,
+            relaxation=relaxation if relaxation.strength else None,
         )
         runs.append(output.stats)
+        drawn.append(output.samples)
         bar.update(len(labels[part]))
 
     efficiency = np.concatenate([stats.efficiency_per_sample for stats in runs])
@@ -394,7 +385,13 @@ def _measure(target: DiTTarget, contender: _Contender, configuration: dict[str, 
     accepted = np.sum([stats.accepted for stats in runs], axis=0)
     delta = np.sum([stats.delta_sum for stats in runs], axis=0)
     tests = int(tested.sum())
+    excess = np.concatenate([stats.excess_acceptance for stats in runs])
+    bound, bound_error = total_variation(excess, np.concatenate([stats.divergence for stats in runs]))
     return {
+        **({} if judge is None else asdict(judge(torch.cat(drawn)))),
+        "total_variation_bound": bound,
+        "total_variation_error": bound_error if samples > 1 else None,
+        "excess_acceptance": float(excess.mean()),
         "parallel_efficiency": float(efficiency.mean()),
         "standard_error": standard_error(efficiency) if len(efficiency) > 1 else None,
         "rounds": float(np.concatenate([stats.rounds for stats in runs]).mean()),
@@ -476,21 +473,7 @@ def _digest(tensors: Iterable[torch.Tensor], text: str = "") -> str:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in _KEY)
-
-
-def _by_step(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Middle of each bin of steps, share of accepted drafts, mean |delta|; NaN where nothing was tested."""
-    tested = np.array(row["tested_by_step"])
-    edges = np.linspace(0, len(tested), min(_BINS, len(tested)) + 1).astype(int)
-    delta = np.array([value or 0.0 for value in row["mean_delta_by_step"]]) * tested
-
-    def of_bins(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, edges[:-1]).astype(float)
-
-    tests = of_bins(tested)
-    tests[tests == 0] = np.nan
-    return (edges[:-1] + edges[1:]) / 2, of_bins(np.array(row["accepted_by_step"])) / tests, of_bins(delta) / tests
+    return tuple(row.get(name, _USUAL.get(name)) for name in _KEY)
 
 
 def _distinct(name: str, values: Sequence[Any]) -> list[Any]:
@@ -515,7 +498,3 @@ def _check_file(name: str, path: Path) -> None:
         raise IsADirectoryError(f"{name} is {str(path)!r}, which is a folder")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"{name} is {str(path)!r}, which cannot be written")
-
-
-def _or_dash(value: float | None, pattern: str, dash: str = "-") -> str:
-    return dash if value is None else pattern.format(value)

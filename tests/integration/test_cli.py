@@ -168,6 +168,10 @@ def test_a_calibration_that_cannot_be_is_exit_code_1(
         (["--steps", "1001"], "num_inference_steps is 1001; allowed is 1 … 1000"),
         (["--output", "no/such/folder/x.png"], "no/such/folder"),
         (["--results", "no/such/folder/x.jsonl"], "no/such/folder"),
+        (["--variance", "learned"], "model has no learned-variance channels"),
+        (["--relaxation", "1", "--budget", "1.5"], "budget is 1.5; allowed is a total variation"),
+        (["--relaxation", "1", "--uncertainty", "learned"], "uncertainty is 'learned': model has no learned-variance"),
+        (["--data", "photos"], "data is 'photos'; allowed are 'digits' or a .npz file"),
     ],
 )
 def test_compare_refuses_with_exit_code_1_and_one_line(

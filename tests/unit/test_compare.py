@@ -13,7 +13,9 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 
 import free
 import free.compare
-from free.compare import compare, drafter_of, fingerprint, load_target, table
+from free.compare import compare, drafter_of, fingerprint, load_target
+from free.quality import Judge, load_data
+from free.report import table
 from free.rows import ROOT, append_row, command, read_rows
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -112,6 +114,65 @@ def test_rows_go_to_the_checkouts_results(small: dict[str, Any], tmp_path: Path)
     assert read_rows(tmp_path / "benchmarks" / "results" / "compare.jsonl") == rows
 
 
+# --- processes, relaxation and quality ------------------------------------------------------------------------------------
+
+
+def test_rows_of_processes_and_relaxations_agree_with_their_runs(
+    small: dict[str, Any], make_dit: Callable[..., DiTTransformer2DModel]
+) -> None:
+    dit = make_dit(out_channels=4)
+    dit.save_pretrained(small["model"])
+    small |= {"drafters": ["hold-output"], "windows": [3], "batch_size": 3, "guidance_scales": [1.0]}
+    rows = compare(**small, variance=["beta", "learned"], stochasticity=[0.8, 1], relaxation=[0, 4], uncertainty="learned")
+    assert [(row["variance"], row["stochasticity"], row["strength"]) for row in rows] == [
+        (variance, epsilon, strength) for variance in ("beta", "learned") for epsilon in (0.8, 1) for strength in (0, 4)
+    ]
+    learned = free.average_learned_variance(dit, 8, class_labels=range(5))
+    for row in rows:
+        variance = learned if row["variance"] == "learned" else row["variance"]
+        process = free.ReverseProcess.ddpm(8, variance=variance, stochasticity=row["stochasticity"])
+        relaxation = free.Relaxation(row["strength"], "learned")
+        stats = free.speculative_sample(
+            dit, "hold-output", class_labels=[0, 1, 2], seed=[0, 1, 2], process=process, window=3, relaxation=relaxation
+        ).stats
+        assert row["rounds"] == pytest.approx(stats.rounds.mean())
+        assert row["total_variation_bound"] == pytest.approx(stats.total_variation_bound, rel=1e-4)
+        assert (row["total_variation_bound"] > 0) == (row["strength"] > 0)
+        assert row["uncertainty"] == ("learned" if row["strength"] else None)
+
+
+def test_rows_from_before_the_choice_are_known(small: dict[str, Any]) -> None:
+    small |= {"drafters": ["hold-x0"], "windows": [2]}
+    (row,) = compare(**small)
+    old = {
+        name: value for name, value in row.items() if name not in ("variance", "stochasticity", "strength", "uncertainty")
+    }
+    small["results"].write_text(json.dumps(old) + "\n")
+    assert compare(**small, resume=True) == [old]
+
+
+def test_samples_are_judged_and_quality_is_drawn(small: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    small |= {"model": None, "drafters": ["hold-x0"], "windows": [1, 3], "samples": 12, "batch_size": 12}
+    rows = compare(**small, relaxation=[0, 2], data="digits")
+    # a window of one has nothing to relax
+    assert [(row["window"], row["strength"]) for row in rows] == [(1, 0), (3, 0), (3, 2)]
+    judge = Judge(*load_data("digits"))
+    samples = free.ancestral_sample(
+        load_target(None),
+        class_labels=[i % 10 for i in range(12)],
+        seed=list(range(12)),
+        num_inference_steps=8,
+        guidance_scale=1.5,
+    ).samples
+    assert rows[0]["energy_distance"] == pytest.approx(judge(samples).energy_distance, rel=1e-3)
+    assert rows[0]["frechet_distance"] == pytest.approx(judge(samples).frechet_distance, rel=1e-3)
+    assert {row["data_fingerprint"] for row in rows} == {judge.fingerprint}
+    printed = capsys.readouterr().out
+    header = next(line for line in printed.splitlines() if line.startswith("drafter"))
+    assert header.split()[-6:] == ["strength", "TV", "at", "most", "energy", "Fréchet"]
+    assert small["output"].read_bytes().startswith(PNG)
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------------
 
 
@@ -124,9 +185,9 @@ def test_an_interrupted_run_is_resumed(small: dict[str, Any], monkeypatch: pytes
             raise KeyboardInterrupt
         return counted(*arguments)
 
-    def counted(target: Any, contender: Any, configuration: dict[str, Any], bar: Any) -> dict[str, Any]:
-        measured.append((contender.word, configuration["window"]))
-        return measure(target, contender, configuration, bar)
+    def counted(target: Any, configuration: Any, *arguments: Any) -> dict[str, Any]:
+        measured.append((configuration.contender.word, configuration.window))
+        return measure(target, configuration, *arguments)
 
     monkeypatch.setattr(free.compare, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -144,7 +205,17 @@ def test_an_interrupted_run_is_resumed(small: dict[str, Any], monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"samples": 2}, {"batch_size": 3}, {"guidance_scales": [2.0]}, {"steps": [9]}]
+    "change",
+    [
+        {"seed": 1},
+        {"samples": 2},
+        {"batch_size": 3},
+        {"guidance_scales": [2.0]},
+        {"steps": [9]},
+        {"variance": ["beta"]},
+        {"stochasticity": [0.8]},
+        {"relaxation": [1.0]},
+    ],
 )
 def test_another_configuration_is_not_taken_for_a_known_one(small: dict[str, Any], change: dict[str, Any]) -> None:
     small |= {"drafters": ["hold-x0"], "windows": [2]}
@@ -243,6 +314,17 @@ def test_the_fingerprint_follows_the_weights_and_not_the_folder(
         ({"output": Path(".")}, "which is a folder"),
         ({"results": Path("no-such-folder/a.jsonl")}, "results is .*folder does not exist"),
         ({"results": None, "resume": True}, "give a results file"),
+        ({"variance": []}, "variance is empty"),
+        ({"variance": ["fixed"]}, "variance holds 'fixed'; known are 'posterior', 'beta', 'geometric', 'learned'"),
+        ({"variance": ["learned"]}, "model has no learned-variance channels"),
+        ({"stochasticity": [-0.5]}, "stochasticity is -0.5; allowed is 0 or more"),
+        ({"relaxation": [-1.0]}, "strength is -1.0; allowed is a finite number"),
+        ({"relaxation": [1.0], "budget": 2.0}, "budget is 2.0; allowed is a total variation"),
+        ({"relaxation": [1.0], "uncertainty": "none"}, "uncertainty is 'none'; known are"),
+        ({"relaxation": [1.0], "uncertainty": "learned"}, "uncertainty is 'learned': model has no learned-variance"),
+        ({"data": "no-such-file.npz"}, "data is 'no-such-file.npz', which is not there"),
+        ({"data": "images.png"}, "data is 'images.png'; allowed are 'digits' or a .npz file"),
+        ({"data": "digits"}, r"data has images of shape \(1, 8, 8\); the model's samples are \(2, 8, 8\)"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(
