@@ -216,11 +216,17 @@ def windows(batch: int, anchors: int) -> dict[str, torch.Tensor]:
 @GUIDANCE
 @pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
 @pytest.mark.parametrize("window", [1, 2, 4])
-def test_propose_drafts_step_by_step(table: StepTable, guidance: float | None, draft: str, window: int) -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_propose_drafts_step_by_step(
+    table: StepTable, guidance: float | None, draft: str, window: int, corrected: bool
+) -> None:
     given = windows(3, 4)
     extra: dict[str, Any] = {}
     if guidance is not None:
         extra = {"unconditional_anchor_outputs": randn(3, 4, D, seed=77), "guidance_scale": guidance}
+    correction = randn(3, window + 1, D, seed=6)
+    if corrected:
+        extra["correction"] = correction
     states, outputs = propose(**given, window=window, table=table, draft=draft, **extra)
     assert states.shape == (3, window, D)
     assert outputs.shape == (3, window - 1, D)
@@ -235,12 +241,14 @@ def test_propose_drafts_step_by_step(table: StepTable, guidance: float | None, d
             a = max(at for at in range(first, first + length) if at <= k)
             held = guided(
                 given["anchor_outputs"][row, a - first],
-                extra["unconditional_anchor_outputs"][row, a - first] if extra else None,
+                extra["unconditional_anchor_outputs"][row, a - first] if guidance is not None else None,
                 guidance or 1.0,
             )
             if draft == "hold-x0":
                 x0 = table.x0_state_coef[a] * given["anchor_states"][row, a - first] + table.x0_model_coef[a] * held
                 held = (x0 - table.x0_state_coef[k] * x) / table.x0_model_coef[k]
+            if corrected:
+                held = held + correction[row, j]
             z = normal(given["seed"][row], torch.tensor(k), D, dtype=torch.float64)
             noise[row, j] = z
             x = mean_of(x, held, k, table) + table.std[k] * z
@@ -259,6 +267,43 @@ def test_hold_x0_keeps_the_anchors_x0_along_the_whole_draft() -> None:
         torch.testing.assert_close(
             table.x0_state_coef[j] * states[0, j] + table.x0_model_coef[j] * outputs[0, j], x0, rtol=1e-7, atol=1e-7
         )
+
+
+@TABLES
+@pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
+def test_a_correction_of_zeros_changes_nothing_to_the_bit(table: StepTable, draft: str) -> None:
+    given = windows(3, 4)
+    plain = propose(**given, window=4, table=table, draft=draft)
+    zeros = propose(**given, window=4, table=table, draft=draft, correction=torch.zeros(3, 3, D))
+    for mine, theirs in zip(zeros, plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@TABLES
+@pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
+def test_a_correction_is_known_from_its_step_on(table: StepTable, draft: str) -> None:
+    """Each column moves its own draft and the states after it, never anything before; NaN is not lost on the way."""
+    given = windows(3, 4)
+    before = propose(**given, window=4, table=table, draft=draft)
+    for column in range(3):
+        correction = torch.zeros(3, 3, D)
+        correction[1, column, 2] = torch.nan
+        states, outputs = propose(**given, window=4, table=table, draft=draft, correction=correction)
+        assert torch.equal(states[1, : column + 1], before.states[1, : column + 1])
+        assert torch.equal(outputs[1, :column], before.draft_output[1, :column])
+        assert outputs[1, column, 2].isnan()
+        assert states[1, column + 1 :, 2].isnan().all()
+        assert states.isnan().sum() == 3 - column  # of one element of one sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_correction_of_any_dtype_is_added_in_the_states(dtype: torch.dtype) -> None:
+    given, correction = windows(3, 4), randn(3, 3, D, seed=6, dtype=dtype)
+    got = propose(**given, window=4, table=small_table(S), correction=correction)
+    assert got.draft_output.dtype == torch.float64
+    wide = propose(**given, window=4, table=small_table(S), correction=correction.double())
+    for mine, theirs in zip(got, wide, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_anchor_index_never_points_beyond_the_draft() -> None:
@@ -304,6 +349,7 @@ def verified_by_hand(
     step: int,
     length: int,
     table: StepTable,
+    tau: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int, bool]:
     """One sample's window in the words of the design: next state, advance, rejected."""
     if length == 0:
@@ -317,7 +363,8 @@ def verified_by_hand(
             return target_mean + table.std[k] * z, length, False
         delta = (mean_of(states[j], y_draft[j], k, table) - target_mean) / table.std[k]
         u = float(uniform(key, torch.tensor(k), stream=TEST_STREAM, dtype=torch.float64))
-        if not math.log(u) <= float(-(z * delta).sum() - (delta * delta).sum() / 2):
+        log_ratio = float(-(z * delta).sum() - (delta * delta).sum() / 2)
+        if not math.log(u) <= (log_ratio if tau is None else float(tau[j]) * log_ratio):
             e = delta / delta.norm()
             return target_mean + table.std[k] * (z - 2 * e * (e @ z)), j + 1, True
     raise AssertionError("unreachable")
@@ -363,6 +410,73 @@ def test_verify_is_the_round_of_the_design(table: StepTable, guidance: float | N
             torch.testing.assert_close(getattr(again, name), getattr(got, name), **CLOSE)
     if window > 1:  # and they are what decides
         assert not verify(states, y, y_draft, seed, step, length, table, uniforms=uniforms * 1e-300, **given).rejected.any()
+
+
+@TABLES
+def test_verify_with_tau_relaxes_the_test_and_nothing_else(table: StepTable) -> None:
+    batch, window = 200, 4
+    states, y = randn(batch, window, D, seed=1), randn(batch, window, D, seed=2)
+    y_draft = y[:, :-1] + 0.3 * randn(batch, window - 1, D, seed=3)
+    seed, step, length = torch.arange(batch), torch.arange(batch) % 3, torch.arange(batch) % (window + 1)
+    tau = torch.rand(batch, window, generator=torch.Generator().manual_seed(4))  # as the caller holds it, a column too many
+    exact = verify(states, y, y_draft, seed, step, length, table)
+    got = verify(states, y, y_draft, seed, step, length, table, tau=tau)
+    for row in range(batch):
+        expected = verified_by_hand(
+            states[row], y[row], y_draft[row], row, int(step[row]), int(length[row]), table, tau[row]
+        )
+        torch.testing.assert_close(got.next_state[row], expected[0], rtol=1e-8, atol=1e-8)
+        assert (int(got.advance[row]), bool(got.rejected[row])) == expected[1:]
+    assert torch.equal(got.log_ratio, exact.log_ratio)
+    assert torch.equal(got.squared_norm, exact.squared_norm)
+    assert (got.advance >= exact.advance).all()
+    assert (got.advance > exact.advance).sum() > 5
+    assert got.rejected.sum() > 15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tau_of_one_is_exact_to_the_bit(dtype: torch.dtype) -> None:
+    table, window, batch = small_table(S), 4, 60
+    states, y = randn(batch, window, D, seed=1), randn(batch, window, D, seed=2)
+    y_draft = y[:, :-1] + 0.3 * randn(batch, window - 1, D, seed=3)
+    y_draft[0, 1], y_draft[1, 1], y_draft[2, 1] = torch.nan, torch.inf, 1e200
+    rest = (torch.arange(batch), torch.arange(batch) % 3, torch.full((batch,), window), table)
+    got = verify(states, y, y_draft, *rest, tau=torch.ones(batch, window - 1, dtype=dtype))
+    for mine, theirs in zip(got, verify(states, y, y_draft, *rest), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert 0 < got.rejected.sum() < batch
+
+
+def test_tau_of_zero_accepts_what_is_finite() -> None:
+    """Not NaN, not a draft infinitely far; and a tau that is NaN rejects even an exact draft."""
+    table, window = small_table(S), 3
+    states, y = randn(6, window, D, seed=1), randn(6, window, D, seed=2)
+    y_draft = y[:, :-1] + 50.0
+    y_draft[1, 1, 3], y_draft[2, 1, 3], y_draft[3, 1, 3], y_draft[4, 1, 3] = torch.nan, torch.inf, -torch.inf, 1e200
+    y_draft[5] = y[5, :-1]
+    tau = torch.zeros(6, window - 1)
+    tau[5, 1] = torch.nan
+    seed, step = torch.arange(6), torch.ones(6, dtype=torch.int64)
+    got = verify(states, y, y_draft, seed, step, torch.full((6,), window), table, tau=tau)
+    assert got.rejected.tolist() == [False, True, True, True, True, True]
+    assert got.advance.tolist() == [window, 2, 2, 2, 2, 2]
+    assert torch.isfinite(got.next_state).all()
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.8, 1.0])
+def test_relaxed_acceptance_has_its_closed_form(tau: float) -> None:
+    """E[a_tau] = Phi(-d/2) + exp(tau (tau - 1) d²/2) Phi(d/2 - tau d), d = |delta|; 2 Phi(-d/2) at tau = 1 (eq. 40)."""
+    table, batch, distance = small_table(S), 40_000, 1.5
+    y = torch.zeros(batch, 2, D, dtype=torch.float64)
+    y_draft = y[:, :1] + distance * float(table.std[1] / table.model_coef[1]) / math.sqrt(D)
+    rest = (torch.arange(batch), torch.ones(batch, dtype=torch.int64), torch.full((batch,), 2), table)
+    got = verify(y, y, y_draft, *rest, tau=torch.full((batch, 1), tau))
+    torch.testing.assert_close(got.squared_norm, torch.full_like(got.squared_norm, distance**2), **CLOSE)
+    phi = torch.distributions.Normal(0.0, 1.0).cdf
+    edges = phi(torch.tensor([-distance / 2, distance / 2 - tau * distance], dtype=torch.float64))
+    expected = float(edges[0] + math.exp(tau * (tau - 1) * distance**2 / 2) * edges[1])
+    slack = 5 * math.sqrt(expected * (1 - expected) / batch) + 1e-12
+    assert abs(float((~got.rejected).double().mean()) - expected) < slack
 
 
 def test_verify_of_exact_drafts_is_the_ancestral_update() -> None:
