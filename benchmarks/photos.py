@@ -1,6 +1,7 @@
 """The testbed: a class-conditional DiT on 32×32 colour patches of photographs, 3072 numbers a sample.
 
-``python -m benchmarks.photos`` trains the target again (within an hour on two CPU cores) into ``benchmarks/weights``.
+``python -m benchmarks.photos`` trains the target again (within an hour on two CPU cores) into ``benchmarks/weights``;
+``python -m benchmarks.photos --held-out FILE.npz`` draws patches to judge samples by (``free-dit compare --data FILE.npz``).
 The photographs ship with scikit-image and scikit-learn; a class is a source photograph.
 """
 
@@ -63,11 +64,24 @@ def load_photo_dit() -> DiTTransformer2DModel:
     return DiTTransformer2DModel.from_pretrained(WEIGHTS, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
+def write_held_out(path: Path, size: int, seed: int = 2**31) -> None:
+    """``size`` patches of a seed that training does not use, as images and labels; whole files are the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        patches, labels = draw_patches(photographs(), size)
+    np.savez_compressed(path, images=patches.numpy(), labels=labels.numpy())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=WEIGHTS)
     parser.add_argument("--num-steps", type=int, default=CONFIG.num_steps)
+    parser.add_argument("--held-out", type=Path, default=None, metavar="FILE.npz", help="write patches, train nothing")
+    parser.add_argument("--size", type=int, default=4096, help="patches of --held-out")
     arguments = parser.parse_args()
+    if arguments.held_out is not None:
+        write_held_out(arguments.held_out, arguments.size)
+        return
     images = photographs()
     config = dataclasses.replace(CONFIG, num_steps=arguments.num_steps)
     train_target(untrained, lambda size: draw_patches(images, size), arguments.output_dir, config)
