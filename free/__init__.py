@@ -8,6 +8,7 @@ from free.calibration import calibrate
 from free.drafters import (
     Anchor,
     Drafter,
+    FeatureDrafter,
     HoldOutput,
     HoldX0,
     LastWindow,
@@ -28,6 +29,7 @@ __all__ = [
     "CallableTarget",
     "DiTTarget",
     "Drafter",
+    "FeatureDrafter",
     "HoldOutput",
     "HoldX0",
     "LastWindow",

@@ -73,7 +73,11 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     index = torch.arange(batch, device=seed.device)
     step = torch.zeros_like(seed)
     zeros = state.new_zeros(batch, setup.window, numel)
-    last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if setup.request.guided else None)
+    feature = None
+    if setup.drafter.needs_features:
+        target = setup.request.target
+        feature = zeros.new_zeros(batch, setup.window, *target.check_features(), dtype=target.dtype)
+    last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if setup.request.guided else None, feature)
     stored = resolve(setup.impl, seed.device) == "reference"
     noise = NoiseWindow.empty(seed, setup.window, numel) if stored else None
     return Live(index, seed, step, state, last, noise)
@@ -96,6 +100,7 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
             live.last,
             noise,
             process,
+            request.target,
             take_rows(request.conditioning, live.index),
             request.sample_shape,
             request.guidance_scale,

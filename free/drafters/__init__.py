@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
+from free.drafters.feature import FeatureDrafter
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
@@ -18,6 +19,7 @@ __all__ = [
     "DRAFTERS",
     "Anchor",
     "Drafter",
+    "FeatureDrafter",
     "HoldOutput",
     "HoldX0",
     "LastWindow",

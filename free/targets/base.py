@@ -34,8 +34,8 @@ class Target(ABC):
 
     sample_shape: tuple[int, ...] | None = None
     """Shape of one sample, where the model knows it."""
-    has_features = False
-    """Whether the top-block feature can be captured."""
+    feature_shape: tuple[int, int] | None = None
+    """(tokens, width) of the top-block feature; None where there is none to capture."""
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
         if max_forward_batch is not None and max_forward_batch < 1:
@@ -143,12 +143,25 @@ class Target(ABC):
         Raises:
             ValueError: the model has none.
         """
-        if not self.has_features:
+        self.check_features()
+        yield
+
+    def check_features(self) -> tuple[int, int]:
+        """:attr:`feature_shape`; raises a ValueError where the model has no such feature."""
+        if self.feature_shape is None:
             raise ValueError(
                 f"the drafter leans on the target's top-block feature, and {type(self).__name__} has none; "
                 "use a DiTTransformer2DModel, or a drafter without features such as 'hold-x0'"
             )
-        yield
+        return self.feature_shape
+
+    def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
+        """The class embedding [N, width] of the conditioning's rows, for drafters that have none of their own.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        raise ValueError(f"the drafter leans on the target's label embedding, and {type(self).__name__} has none")
 
 
 def has_rows(value: Any) -> bool:

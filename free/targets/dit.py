@@ -22,8 +22,6 @@ class DiTTarget(Target):
     Without labels every sample is drawn from the null class, ``config.num_embeds_ada_norm``.
     """
 
-    has_features = True
-
     def __init__(
         self,
         model: DiTTransformer2DModel,
@@ -37,6 +35,10 @@ class DiTTarget(Target):
         self.channels = config.in_channels
         self.null_class: int = config.num_embeds_ada_norm
         self.sample_shape = (self.channels, config.sample_size, config.sample_size)
+        self.feature_shape = (
+            (config.sample_size // config.patch_size) ** 2,
+            config.num_attention_heads * config.attention_head_dim,
+        )
         out_channels = config.out_channels or self.channels
         if out_channels not in (self.channels, 2 * self.channels):
             raise ValueError(
@@ -111,3 +113,7 @@ class DiTTarget(Target):
             handle.remove()
             self._capturing = False
             self._captured = None
+
+    def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
+        """Of the first block: every block has a copy of the embedder."""
+        return self.transformer.transformer_blocks[0].norm1.emb.class_embedder(conditioning["class_labels"])
