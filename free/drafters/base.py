@@ -43,6 +43,11 @@ class Anchor:
         feature = None if self.feature is None else self.feature.flatten(0, 1)
         return Anchor(self.step.flatten(), self.state.flatten(0, 1), self.output.flatten(0, 1), feature)
 
+    def take(self, rows: torch.Tensor) -> Anchor:
+        """Those of the given rows, int64 [N]."""
+        feature = None if self.feature is None else self.feature[rows]
+        return Anchor(self.step[rows], self.state[rows], self.output[rows], feature)
+
 
 @dataclass
 class LastWindow:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BASES = (None, "hold-x0")
 _FREQUENCIES = 256
 
-Block = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Block = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass
@@ -97,13 +97,15 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         self.attention = Attention(width, heads=num_attention_heads, dim_head=attention_head_dim, bias=True)
         self.norm2 = torch.nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.feed_forward = FeedForward(width, activation_fn="gelu-approximate")
-        self.to_feature = torch.nn.Linear(width, width)
+        # with a base every draft leans on a feature of the target's
+        self.to_feature = torch.nn.Linear(width, width) if base is None else None
         self.norm_out = torch.nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulate_out = torch.nn.Linear(width, 2 * width)
         self.to_output = torch.nn.Linear(width, patch_size**2 * in_channels)
         for layer in (self.norm1.linear, self.to_feature, self.modulate_out, self.to_output):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
+            if layer is not None:
+                torch.nn.init.zeros_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
 
     @classmethod
     def from_target(
@@ -152,7 +154,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         gap: torch.Tensor,
         label_embedding: torch.Tensor,
         feature: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block on N states.
 
         Args:
@@ -165,7 +167,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
 
         Returns:
             Output [N, channels, height, width], or what hold-x0's draft misses of it; and the feature [N, tokens, width]
-            at this step.
+            at this step, None with a base.
         """
         channels, size, patch = self.config.in_channels, self.config.sample_size, self.config.patch_size
         images, label_embedding, feature = (values.to(self.dtype) for values in (images, label_embedding, feature))
@@ -185,7 +187,8 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         patches = self.to_output(self.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None])  # [N, tokens, p * p * C]
         side = size // patch
         patches = patches.view(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)  # [N, C, side, p, side, p]
-        return patches.reshape(-1, channels, size, size), feature + self.to_feature(hidden)
+        next_feature = None if self.to_feature is None else feature + self.to_feature(hidden)
+        return patches.reshape(-1, channels, size, size), next_feature
 
     def predict(
         self,
@@ -196,7 +199,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         process: ReverseProcess,
         feature: torch.Tensor | None = None,
         block: Block | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's word on N states, the control variate included.
 
         Args:
