@@ -13,21 +13,19 @@ import torch
 from tqdm.auto import tqdm
 
 from free.drafters import Drafter, as_drafter
+from free.loop import Turn, check_finite, rounds
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
-from free.statistics import SamplingStatistics, Stopwatch
-from free.window import Live, Round, Setup, advance, first_window
+from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
+from free.window import Setup
 from free_kernels import NOISE_STREAM, normal, posterior
+from free_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 # the ancestral sampler draws the noise of several steps in one call, this many numbers at most
 _NOISE_BLOCK = 2**16
-
-
-class NonFiniteOutputError(FloatingPointError, ValueError):
-    """A model returned NaN or infinity; the message names the step and the sample."""
 
 
 @dataclass
@@ -117,23 +115,22 @@ def speculative_sample(
     )
     drafter.check(request.target)
 
-    setup = Setup(request, drafter, min(window, request.process.num_steps), impl)
+    setup = Setup.of(request, drafter, window, impl)
     stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
+    account = Account(stats.steps, request.seed)
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
-    live = first_window(setup, result.state.clone())
+    # with static shapes the host may be a round behind, unless somebody looks at every round
+    lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
     features = request.target.capture_features() if drafter.needs_features else nullcontext()
     bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
     begin = time.perf_counter()
     with bar, features:
-        while len(live.index):
-            done = advance(live, setup, watch)
-            settled, unfinished = _account(done, live, stats, request)
-            result.settle(done, live)
-            bar.update(settled)
-            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(stats.rounds.sum())):.2f}", refresh=False)
-            if len(unfinished) < len(live.index):
-                live = live.keep(torch.tensor(unfinished, dtype=torch.int64, device=live.index.device))
+        for turn in rounds(setup, result.state, account, stats, watch, lag):
+            result.settle(turn)
+            bar.update(int(turn.step.sum()) - bar.n)
+            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.rounds.sum())):.2f}", refresh=False)
+    stats.take(account)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
@@ -179,11 +176,14 @@ def ancestral_sample(
     )
     process, batch, target = request.process, request.batch, request.target
     stats = SamplingStatistics(process.num_steps, 1, "none", np.full(batch, process.num_steps))
+    account = Account(stats.steps, request.seed)
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
     state = result.state
+    # the kernels make noise faster than they could read it
+    stored = resolve(impl, request.seed.device) == "reference"
     block = max(1, _NOISE_BLOCK // state.numel())
-    first_bad = torch.full_like(request.seed, -1)
+    noise = None
     begin = time.perf_counter()
     for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
         step = torch.full_like(request.seed, k)
@@ -193,7 +193,7 @@ def ancestral_sample(
             )
         stats.count_forward(batch, target.forward_batch(request.guided))
         with watch("verification"):
-            if k % block == 0:
+            if stored and k % block == 0:
                 steps = torch.arange(k, min(k + block, process.num_steps), device=step.device)
                 noise = normal(request.seed[:, None], steps, state.shape[1], stream=NOISE_STREAM, impl=impl)
             state = posterior(
@@ -204,61 +204,17 @@ def ancestral_sample(
                 process.table,
                 unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
                 guidance_scale=request.guidance_scale,
-                noise=noise[:, k % block],
+                noise=None if noise is None else noise[:, k % block],
                 impl=impl,
             )
-            bad = (first_bad < 0) & ~torch.isfinite(state).all(-1)
-            first_bad = torch.where(bad, k, first_bad)
+            account.add_step(step, state)
         # the device is asked once a block
         if (k + 1) % block == 0 or k + 1 == process.num_steps:
-            for sample, at in enumerate(first_bad.tolist()):
-                if at >= 0:
-                    raise _non_finite("model", at, sample, process)
+            check_finite(Progress(account).read(), stats.drafter, process)
         result.settle_all(k, state)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
-
-
-def _account(done: Round, live: Live, stats: SamplingStatistics, request: Request) -> tuple[int, list[int]]:
-    """Enter a round in the statistics, with the loop's one read from the device.
-
-    Returns:
-        How many steps were settled, and the rows of the samples that are not finished.
-    """
-    verified = done.verification
-    flags = torch.stack(
-        (live.index, done.step, done.length, verified.advance, verified.rejected, torch.isfinite(live.state).all(-1)), dim=-1
-    )
-    host = torch.cat((flags.double(), verified.squared_norm.double()), dim=-1).cpu().numpy()
-    index, step, length, advanced, rejected, finite = host[:, :6].astype(np.int64).T
-    squared_norm = host[:, 6:]
-    stats.count_forward(int(length.sum()), request.target.forward_batch(request.guided))
-    stats.draft_calls += 1
-    stats.rounds[index] += 1
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise _non_finite("model", step[row] + advanced[row] - 1, index[row], request.process)
-    column = np.arange(squared_norm.shape[1])
-    accepted = column < (advanced - 1)[:, None]  # [B, W-1]
-    tested = column < (advanced - 1 + rejected)[:, None]
-    broken = tested & ~np.isfinite(squared_norm)
-    if broken.any():
-        row, at = np.argwhere(broken)[0]
-        raise _non_finite(f"drafter {stats.drafter!r}", step[row] + at, index[row], request.process)
-    steps = step[:, None] + column
-    stats.tested += np.bincount(steps[tested], minlength=stats.steps)
-    stats.accepted += np.bincount(steps[accepted], minlength=stats.steps)
-    stats.delta_sum += np.bincount(steps[tested], np.sqrt(squared_norm[tested]), minlength=stats.steps)
-    unfinished = np.flatnonzero(step + advanced < stats.steps)
-    return int(advanced.sum()), unfinished.tolist()
-
-
-def _non_finite(who: str, step: int, sample: int, process: ReverseProcess) -> NonFiniteOutputError:
-    timestep = process.timestep[step].item()
-    return NonFiniteOutputError(
-        f"{who} returned NaN or infinity at step {int(step)} (timestep {timestep}) of sample {int(sample)}"
-    )
 
 
 class _Result:
@@ -277,8 +233,16 @@ class _Result:
             self.trajectory = state.new_empty(request.batch, request.process.num_steps + 1, state.shape[1])
             self.trajectory[:, 0] = state
 
-    def settle(self, done: Round, live: Live) -> None:
-        """Take over the live samples after a round."""
+    @property
+    def watched(self) -> bool:
+        """Whether every state is wanted, not the last ones only."""
+        return self.callback is not None or self.trajectory is not None
+
+    def settle(self, turn: Turn) -> None:
+        """Take over the states of a round, where somebody wants them."""
+        if not self.watched:
+            return
+        live, done = turn.live, turn.done
         self.state[live.index] = live.state
         self.step[live.index] = live.step - 1
         if self.trajectory is not None:
