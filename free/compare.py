@@ -386,7 +386,13 @@ def _measure(target: DiTTarget, contender: _Contender, configuration: dict[str, 
     for first in range(0, samples, batch_size):
         part = slice(first, first + batch_size)
         output = speculative_sample(
-            target, contender.drafter, class_labels=labels[part], seed=seeds[part], window=window, **arguments
+            target,
+            contender.drafter,
+            class_labels=labels[part],
+            seed=seeds[part],
+            window=window,
+            capture=False,  # of a captured round the drafts' share is not known
+            **arguments,
         )
         runs.append(output.stats)
         bar.update(len(labels[part]))

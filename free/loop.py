@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from free.capture import Graphs
 from free.process import ReverseProcess
 from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
 from free.window import Live, Round, Setup, advance, first_window
@@ -32,7 +33,13 @@ class Turn:
 
 
 def rounds(
-    setup: Setup, state: torch.Tensor, account: Account, stats: SamplingStatistics, watch: Stopwatch, lag: int
+    setup: Setup,
+    state: torch.Tensor,
+    account: Account,
+    stats: SamplingStatistics,
+    watch: Stopwatch,
+    lag: int = 0,
+    graphs: Graphs | None = None,
 ) -> Iterator[Turn]:
     """Go from the initial states to the samples.
 
@@ -46,6 +53,7 @@ def rounds(
         stats: where forwards are counted.
         watch: for the phases of a round.
         lag: rounds; 0 reads each before the next.
+        graphs: the same setup's captured rounds, if they are to be replayed; ``account`` is then theirs.
 
     Raises:
         NonFiniteOutputError: a step that depends on NaN or infinity.
@@ -55,8 +63,11 @@ def rounds(
     under_way: deque[tuple[int, Progress]] = deque()
     known = np.zeros((4, setup.request.batch), np.int64)
     while (known[0] < num_steps).any():
-        live, done = advance(live, setup, setup.widest, watch)
-        account.add(live, done)
+        if graphs is not None:
+            live, done = graphs.advance(live, setup.widest, watch)
+        else:
+            live, done = advance(live, setup, setup.widest, watch)
+            account.add(live, done)
         stats.draft_calls += 1
         stats.count_forward(done.evaluated, setup.request.target.forward_batch(setup.request.guided))
         under_way.append((done.states.shape[1], Progress(account)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from free.ancestral import Chain, step_on
+from free.capture import AncestralGraph, Graphs, wants_capture
 from free.drafters import Drafter, as_drafter
 from free.loop import Turn, check_finite, rounds
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
 from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
 from free.window import Setup
-from free_kernels import NOISE_STREAM, normal, posterior
+from free_kernels import NOISE_STREAM, normal
 from free_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
@@ -56,6 +59,8 @@ def speculative_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     impl: str = "auto",
+    capture: str | bool = "auto",
+    compile: bool = False,
     progress: bool = False,
     callback_on_step_end: Callback | None = None,
     return_trajectory: bool = False,
@@ -81,6 +86,12 @@ def speculative_sample(
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``, of :mod:`free_kernels`.
+        capture: replay each round as one CUDA graph: True, False, or ``"auto"``, which does so on CUDA where model and
+            drafter are known to leave the host out (``capturable``: a DiT and the drafters of this package are; a plain
+            callable may do anything). Recording takes about three rounds for each batch size and window; a
+            :class:`free.Target` (``free.as_target(model)``) that is sampled again keeps its graphs.
+        compile: run the model under ``torch.compile(fullgraph=True)`` during this call, a DiT block by block, which compiles
+            one block for all. Compiling takes seconds once a process, and again for a new kind of shape.
         progress: show a bar that counts steps.
         callback_on_step_end: called after each round with (model, step, timestep, {"latents": states}): step int64 [B]
             and timestep [B] of each sample's last settled step, states [B, *shape]. It observes; what it returns is not
@@ -114,19 +125,24 @@ def speculative_sample(
         callback_on_step_end=callback_on_step_end,
     )
     drafter.check(request.target)
+    captured = wants_capture(capture, request, drafter)
 
     setup = Setup.of(request, drafter, window, impl)
     stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
-    account = Account(stats.steps, request.seed)
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
     # with static shapes the host may be a round behind, unless somebody looks at every round
     lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
-    features = request.target.capture_features() if drafter.needs_features else nullcontext()
-    bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
     begin = time.perf_counter()
-    with bar, features:
-        for turn in rounds(setup, result.state, account, stats, watch, lag):
+    with ExitStack() as during:
+        bar = during.enter_context(tqdm(total=request.batch * stats.steps, disable=not progress, unit="step"))
+        if drafter.needs_features:
+            during.enter_context(request.target.capture_features())
+        if compile:
+            during.enter_context(request.target.compile())
+        graphs = Graphs.of(setup) if captured else None
+        account = graphs.account if graphs else Account(stats.steps, request.seed)
+        for turn in rounds(setup, result.state, account, stats, watch, lag, graphs):
             result.settle(turn)
             bar.update(int(turn.step.sum()) - bar.n)
             bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.rounds.sum())):.2f}", refresh=False)
@@ -151,6 +167,8 @@ def ancestral_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     impl: str = "auto",
+    capture: str | bool = "auto",
+    compile: bool = False,
     progress: bool = False,
     callback_on_step_end: Callback | None = None,
     return_trajectory: bool = False,
@@ -174,44 +192,38 @@ def ancestral_sample(
         impl=impl,
         callback_on_step_end=callback_on_step_end,
     )
-    process, batch, target = request.process, request.batch, request.target
-    stats = SamplingStatistics(process.num_steps, 1, "none", np.full(batch, process.num_steps))
-    account = Account(stats.steps, request.seed)
-    result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
+    captured = wants_capture(capture, request)
+    process, target = request.process, request.target
+    stats = SamplingStatistics(process.num_steps, 1, "none", np.full(request.batch, process.num_steps))
+    chain = Chain.begin(request)
+    result = _Result(request, chain.state, model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
-    state = result.state
-    # the kernels make noise faster than they could read it
-    stored = resolve(impl, request.seed.device) == "reference"
-    block = max(1, _NOISE_BLOCK // state.numel())
-    noise = None
+    # what the host reads and draws, it does for a block of steps; the kernels make noise faster than they could read it
+    block = max(1, _NOISE_BLOCK // chain.state.numel())
+    stored = resolve(impl, request.seed.device) == "reference" and not captured
+    under_way: deque[Progress] = deque()
     begin = time.perf_counter()
-    for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
-        step = torch.full_like(request.seed, k)
-        with watch("target"):
-            output = target.evaluate(
-                state.view(batch, *request.sample_shape), process.timestep[step], request.conditioning, request.guided
-            )
-        stats.count_forward(batch, target.forward_batch(request.guided))
-        with watch("verification"):
-            if stored and k % block == 0:
-                steps = torch.arange(k, min(k + block, process.num_steps), device=step.device)
-                noise = normal(request.seed[:, None], steps, state.shape[1], stream=NOISE_STREAM, impl=impl)
-            state = posterior(
-                state,
-                output.output.flatten(1),
-                request.seed,
-                step,
-                process.table,
-                unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
-                guidance_scale=request.guidance_scale,
-                noise=None if noise is None else noise[:, k % block],
-                impl=impl,
-            )
-            account.add_step(step, state)
-        # the device is asked once a block
-        if (k + 1) % block == 0 or k + 1 == process.num_steps:
-            check_finite(Progress(account).read(), stats.drafter, process)
-        result.settle_all(k, state)
+    with target.compile() if compile else nullcontext():
+        graph = AncestralGraph.of(request, impl) if captured else None
+        account = graph.account if graph else Account(stats.steps, request.seed)
+        for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
+            if graph:
+                chain = graph.advance(chain, watch)
+            else:
+                if stored and k % block == 0:
+                    with watch("verification"):
+                        steps = torch.arange(k, min(k + block, process.num_steps), device=request.seed.device)
+                        noise = normal(request.seed[:, None], steps, chain.state.shape[1], stream=NOISE_STREAM, impl=impl)
+                chain = step_on(chain, request, noise[:, k % block] if stored else None, impl, watch)
+                account.add_step(chain.step, chain.state)
+            stats.count_forward(request.batch, target.forward_batch(request.guided))
+            if (k + 1) % block == 0:
+                under_way.append(Progress(account))
+                # a GPU's last block is looked at while it is at the next
+                if len(under_way) > (1 if request.seed.device.type == "cuda" else 0):
+                    check_finite(under_way.popleft().read(), stats.drafter, process)
+            result.settle_all(k, chain.state)
+        check_finite(Progress(account).read(), stats.drafter, process)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
@@ -257,6 +269,8 @@ class _Result:
     def settle_all(self, step: int, state: torch.Tensor) -> None:
         """Take over all samples after the same step."""
         self.state = state
+        if not self.watched:
+            return
         self.step.fill_(step)
         if self.trajectory is not None:
             self.trajectory[:, step + 1] = state
@@ -265,7 +279,8 @@ class _Result:
     def output(self, stats: SamplingStatistics) -> SamplingOutput:
         shape = self.request.sample_shape
         trajectory = None if self.trajectory is None else self.trajectory.unflatten(-1, shape)
-        return SamplingOutput(self.state.unflatten(-1, shape), stats, trajectory)
+        # a copy: the state may be a graph's, which the next call writes to
+        return SamplingOutput(self.state.unflatten(-1, shape).clone(), stats, trajectory)
 
     def _call_back(self) -> None:
         if self.callback is not None:

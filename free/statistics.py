@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from free.window import Live, Round
 
 PHASES = ("draft", "target", "verification")
+"""Of a round; one that is captured is a single phase, ``"round"``."""
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -48,16 +49,19 @@ class Stopwatch:
         else:
             begin = time.perf_counter()
             yield
-            self.seconds[phase] += time.perf_counter() - begin
+            self._add(phase, time.perf_counter() - begin)
 
     def finish(self) -> dict[str, float]:
         """Seconds by phase; waits for the device once."""
         if self._events:
             torch.cuda.synchronize()
         for phase, start, end in self._events:
-            self.seconds[phase] += start.elapsed_time(end) / 1e3
+            self._add(phase, start.elapsed_time(end) / 1e3)
         self._events.clear()
         return self.seconds
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 class Account:
@@ -69,9 +73,15 @@ class Account:
         """int64 [4, B]: each sample's step, its rounds, and the first step at which the model, and at which the drafter, was
         not finite (S where none was).
         """
-        self.progress[2:].fill_(num_steps)
         self.by_step = torch.zeros(num_steps, 3, dtype=torch.float64, device=seed.device)
         """float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing was done yet."""
+        self.progress[:2].zero_()
+        self.progress[2:].fill_(self.num_steps)
+        self.by_step.zero_()
 
     def add(self, live: Live, done: Round) -> None:
         """Enter a round that brought the samples to ``live``."""
@@ -93,9 +103,10 @@ class Account:
         self.progress[:, live.index] = torch.stack((live.step, rounds + (done.length > 0), model_broke, drafter_broke))
 
     def add_step(self, step: torch.Tensor, state: torch.Tensor) -> None:
-        """Enter a step ``step`` [B] of the ancestral sampler, which brought all samples to ``state`` [B, D]."""
+        """Enter that the ancestral sampler brought all samples to ``step`` [B] and ``state`` [B, D]."""
         finite = torch.isfinite(state).all(-1)
-        self.progress[2] = torch.where(finite, self.progress[2], torch.minimum(self.progress[2], step))
+        self.progress[0] = step
+        self.progress[2] = torch.where(finite, self.progress[2], torch.minimum(self.progress[2], step - 1))
 
 
 class Progress:
@@ -145,7 +156,7 @@ class SamplingStatistics:
     delta_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """float64 [S]: sum of |delta| over the tests of each step."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Wall seconds in ``draft``, ``target`` and ``verification``."""
+    """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
 

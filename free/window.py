@@ -9,7 +9,7 @@ given all that was decided (FREE, arXiv 2511.20390, supplement B, with noise reu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from free.drafters import Drafter, LastWindow, Situation
 from free.request import Request
 from free.statistics import Stopwatch
 from free.targets.base import TargetOutput, take_rows
+from free.tensors import map_tensors
 from free_kernels import NOISE_STREAM, TEST_STREAM, Verification, normal, uniform, verify
 from free_kernels.dispatch import resolve
 
@@ -67,7 +68,11 @@ class Live:
 
     def keep(self, rows: torch.Tensor) -> Live:
         """The live samples at ``rows`` (int64)."""
-        return _take(self, rows)
+        return map_tensors(self, lambda values: values[rows])
+
+    def clone(self) -> Live:
+        """The same in memory of its own."""
+        return map_tensors(self, torch.clone)
 
 
 @dataclass
@@ -214,16 +219,19 @@ _STEPS_AHEAD = 32
 _NUMBERS_AHEAD = 2**16
 
 
+@dataclass
 class NoiseWindow:
     """The noise and the test uniforms of the steps that each sample has reached, so that none is drawn twice.
 
     A ring of a fixed number of steps, the widest window's at least: step k of a sample is in slot k % capacity.
     """
 
-    def __init__(self, noise: torch.Tensor, uniforms: torch.Tensor, drawn: torch.Tensor) -> None:
-        self.noise = noise  # float32 [B, capacity, D]
-        self.uniforms = uniforms  # float32 [B, capacity]
-        self.drawn = drawn  # int64 [B]: steps below this one are in the ring, or were
+    noise: torch.Tensor
+    """float32 [B, capacity, D]."""
+    uniforms: torch.Tensor
+    """float32 [B, capacity]."""
+    drawn: torch.Tensor
+    """int64 [B]: steps below this one are in the ring, or were."""
 
     @classmethod
     def empty(cls, seed: torch.Tensor, widest: int, numel: int) -> NoiseWindow:
@@ -242,7 +250,7 @@ class NoiseWindow:
         return self.noise[row, slots], self.uniforms[row, slots]
 
     def keep(self, rows: torch.Tensor) -> NoiseWindow:
-        return NoiseWindow(self.noise[rows], self.uniforms[rows], self.drawn[rows])
+        return map_tensors(self, lambda values: values[rows])
 
     def _draw(self, seed: torch.Tensor, step: torch.Tensor) -> None:
         """Fill the ring up to its capacity from ``step`` on."""
@@ -253,16 +261,3 @@ class NoiseWindow:
         self.noise[row, steps % capacity] = normal(keys, steps, self.noise.shape[2], stream=NOISE_STREAM)
         self.uniforms[row, steps % capacity] = uniform(keys, steps, stream=TEST_STREAM)
         self.drawn = step + capacity
-
-
-def _take(value: Any, rows: torch.Tensor) -> Any:
-    """The rows of every tensor in a dataclass of tensors and such dataclasses."""
-    if isinstance(value, torch.Tensor):
-        return value[rows]
-    if isinstance(value, dict):
-        return take_rows(value, rows)
-    if isinstance(value, NoiseWindow):
-        return value.keep(rows)
-    if value is None:
-        return None
-    return type(value)(*(_take(getattr(value, entry.name), rows) for entry in fields(value)))

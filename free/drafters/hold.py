@@ -7,6 +7,8 @@ from free_kernels import Proposal, propose
 
 
 class _Hold(Drafter):
+    capturable = True
+
     def propose(self, situation: Situation) -> Proposal:
         last = situation.last
         return propose(
