@@ -65,6 +65,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
 
     name = "feature"
     needs_features = True
+    capturable = True
 
     @register_to_config
     def __init__(
