@@ -8,6 +8,8 @@ from free.calibration import calibrate
 from free.drafters import (
     Anchor,
     Drafter,
+    FeatureDrafter,
+    Fresh,
     HoldOutput,
     HoldX0,
     LastWindow,
@@ -17,9 +19,10 @@ from free.drafters import (
     StepDrafter,
     as_drafter,
 )
+from free.loop import NonFiniteOutputError
 from free.process import ReverseProcess
 from free.relaxation import DraftedSteps, Relaxation
-from free.sampling import NonFiniteOutputError, SamplingOutput, ancestral_sample, speculative_sample
+from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
 from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
 from free.variance import average_learned_variance
@@ -31,6 +34,8 @@ __all__ = [
     "DiTTarget",
     "DraftedSteps",
     "Drafter",
+    "FeatureDrafter",
+    "Fresh",
     "HoldOutput",
     "HoldX0",
     "LastWindow",

@@ -96,6 +96,11 @@ class Relaxation:
             known = ", ".join(map(repr, UNCERTAINTIES))
             raise ValueError(f"uncertainty is {self.uncertainty!r}; known are {known} or a callable")
 
+    @property
+    def capturable(self) -> bool:
+        """Whether tau is made without asking the device: the values of a callable are checked."""
+        return not callable(self.uncertainty)
+
     def check(self, target: Target, process: ReverseProcess) -> None:
         """Raise a ValueError if the uncertainty cannot be read from this target under this process."""
         if self.uncertainty != "learned":
@@ -144,8 +149,7 @@ class Ledger:
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> Ledger:
-        zeros = torch.zeros(batch, 2, dtype=torch.float64, device=device)
-        return cls(zeros, zeros)
+        return cls(*torch.zeros(2, batch, 2, dtype=torch.float64, device=device))
 
     def tau(
         self, relaxation: Relaxation, situation: Situation, proposal: Proposal, output: TargetOutput, length: torch.Tensor

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
+from free.drafters.feature import FeatureDrafter
+from free.drafters.fresh import Fresh
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
@@ -18,6 +20,8 @@ __all__ = [
     "DRAFTERS",
     "Anchor",
     "Drafter",
+    "FeatureDrafter",
+    "Fresh",
     "HoldOutput",
     "HoldX0",
     "LastWindow",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free_kernels import Proposal, anchor_index, guided, posterior
+from free_kernels import Proposal, anchor_index, guided, posterior, x0_estimate
 
 if TYPE_CHECKING:
     from free.process import ReverseProcess
@@ -27,6 +28,25 @@ class Anchor:
     """[B, D], guided."""
     feature: torch.Tensor | None
     """[B, tokens, width], where the drafter asked for features."""
+
+    def x0(self, process: ReverseProcess) -> torch.Tensor:
+        """The estimate of the clean sample, [B, D]."""
+        return x0_estimate(self.state, self.output, self.step, process.table)
+
+    def hold_x0(self, state: torch.Tensor, step: torch.Tensor, process: ReverseProcess) -> torch.Tensor:
+        """The output at ``state`` [B, D] of ``step`` int64 [B] that means the same clean sample, [B, D]."""
+        x0_state, x0_model = process.x0_state_coef[step][..., None], process.x0_model_coef[step][..., None]
+        return (self.x0(process) - x0_state * state) / x0_model
+
+    def flatten(self) -> Anchor:
+        """The anchors of several steps at once, [B, N, ...], as so many of one: [B * N, ...]."""
+        feature = None if self.feature is None else self.feature.flatten(0, 1)
+        return Anchor(self.step.flatten(), self.state.flatten(0, 1), self.output.flatten(0, 1), feature)
+
+    def take(self, rows: torch.Tensor) -> Anchor:
+        """Those of the given rows, int64 [N]."""
+        feature = None if self.feature is None else self.feature[rows]
+        return Anchor(self.step[rows], self.state[rows], self.output[rows], feature)
 
 
 @dataclass
@@ -65,6 +85,7 @@ class Situation:
     noise: torch.Tensor | None
     """z [B, W, D] where it is at hand; None leaves it to the operations, which make it from seed and step."""
     process: ReverseProcess
+    target: Target
     conditioning: dict[str, Any]
     """The target's, one row a sample."""
     sample_shape: tuple[int, ...]
@@ -102,6 +123,10 @@ class Drafter(ABC):
     name: str = "custom"
     needs_features: bool = False
     """Whether the target's top-block feature is captured for the anchors."""
+    capturable: bool = False
+    """Whether ``propose``, called before with the same process, leaves the host out, so that it may be recorded as a CUDA
+    graph: no read from the device, no random state, nothing that differs from call to call.
+    """
 
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
         """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""
@@ -132,22 +157,27 @@ class StepDrafter(Drafter):
         """
 
     def propose(self, situation: Situation) -> Proposal:
-        states, outputs = [situation.state], []
-        last_step = situation.process.num_steps - 1
-        for j in range(situation.window - 1):
-            step = (situation.step + j).clamp(max=last_step)
-            outputs.append(self.draft(states[-1], step, situation).float())
-            noise = None if situation.noise is None else situation.noise[:, j]
-            states.append(
-                posterior(
-                    states[-1],
-                    outputs[-1],
-                    situation.seed,
-                    step,
-                    situation.process.table,
-                    noise=noise,
-                    impl=situation.impl,
-                )
+        return walk(situation, lambda state, step: self.draft(state, step, situation))
+
+
+def walk(situation: Situation, draft: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Proposal:
+    """Draft one step after the other; ``draft`` takes the state [B, D] and its step [B], and gives the output [B, D]."""
+    states, outputs = [situation.state], []
+    last_step = situation.process.num_steps - 1
+    for j in range(situation.window - 1):
+        step = (situation.step + j).clamp(max=last_step)
+        outputs.append(draft(states[-1], step).float())
+        noise = None if situation.noise is None else situation.noise[:, j]
+        states.append(
+            posterior(
+                states[-1],
+                outputs[-1],
+                situation.seed,
+                step,
+                situation.process.table,
+                noise=noise,
+                impl=situation.impl,
             )
-        empty = situation.state.new_empty(len(situation.state), 0, situation.state.shape[1])
-        return Proposal(torch.stack(states, 1), torch.stack(outputs, 1) if outputs else empty)
+        )
+    empty = situation.state.new_empty(len(situation.state), 0, situation.state.shape[1])
+    return Proposal(torch.stack(states, 1), torch.stack(outputs, 1) if outputs else empty)

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import torch
+
 from free.drafters.base import Drafter, Situation
 from free_kernels import Proposal, propose
 
 
+def hold(situation: Situation, draft: str, correction: torch.Tensor | None = None) -> Proposal:
+    """The window that holds what the last one knew: ``draft`` is of :data:`free_kernels.HOLD_DRAFTS`, ``correction``
+    [B, W-1, D] is added to the drafts.
+    """
+    last = situation.last
+    return propose(
+        situation.state,
+        situation.seed,
+        situation.step,
+        situation.window,
+        last.states,
+        last.output,
+        last.step,
+        last.length,
+        situation.process.table,
+        draft=draft,
+        correction=correction,
+        unconditional_anchor_outputs=last.unconditional,
+        guidance_scale=situation.guidance_scale,
+        noise=situation.noise,
+        impl=situation.impl,
+    )
+
+
 class _Hold(Drafter):
+    capturable = True
+
     def propose(self, situation: Situation) -> Proposal:
-        last = situation.last
-        return propose(
-            situation.state,
-            situation.seed,
-            situation.step,
-            situation.window,
-            last.states,
-            last.output,
-            last.step,
-            last.length,
-            situation.process.table,
-            draft=self.name,
-            unconditional_anchor_outputs=last.unconditional,
-            guidance_scale=situation.guidance_scale,
-            noise=situation.noise,
-            impl=situation.impl,
-        )
+        return hold(situation, self.name)
 
 
 class HoldX0(_Hold):

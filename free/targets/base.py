@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,9 @@ import torch
 
 if TYPE_CHECKING:
     from free.process import ReverseProcess
+
+
+_RECOMPILE_LIMIT = 64
 
 
 @dataclass
@@ -37,10 +40,14 @@ class Target(ABC):
 
     sample_shape: tuple[int, ...] | None = None
     """Shape of one sample, where the model knows it."""
-    has_features = False
-    """Whether the top-block feature can be captured."""
+    feature_shape: tuple[int, int] | None = None
+    """(tokens, width) of the top-block feature; None where there is none to capture."""
     learns_variance = False
     """Whether the model predicts the variance of each step beside its mean, which can be captured."""
+    capturable = False
+    """Whether a forward leaves the host out, so that it may be recorded as a CUDA graph: no read from the device, no random
+    state, nothing that differs from call to call.
+    """
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
         if max_forward_batch is not None and max_forward_batch < 1:
@@ -49,6 +56,10 @@ class Target(ABC):
         self.model = model
         self.module = module if isinstance(module, torch.nn.Module) else None
         self.max_forward_batch = max_forward_batch
+        self.compiled = False
+        """Whether it is run within :meth:`compile`."""
+        self.graphs: dict[Hashable, Any] = {}
+        """What :mod:`free.capture` recorded of it."""
         self._capturing_variance = False
         self.check_ready()
 
@@ -150,12 +161,56 @@ class Target(ABC):
         Raises:
             ValueError: the model has none.
         """
-        if not self.has_features:
+        self.check_features()
+        yield
+
+    def check_features(self) -> tuple[int, int]:
+        """:attr:`feature_shape`; raises a ValueError where the model has no such feature."""
+        if self.feature_shape is None:
             raise ValueError(
                 f"the drafter leans on the target's top-block feature, and {type(self).__name__} has none; "
                 "use a DiTTransformer2DModel, or a drafter without features such as 'hold-x0'"
             )
-        yield
+        return self.feature_shape
+
+    def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
+        """The class embedding [N, width] of the conditioning's rows, for drafters that have none of their own.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        raise ValueError(f"the drafter leans on the target's label embedding, and {type(self).__name__} has none")
+
+    @contextmanager
+    def compile(self, **options: Any) -> Iterator[None]:
+        """Within this context the model's forward runs under ``torch.compile(fullgraph=True)``.
+
+        Compiled code stays with the process, so that another context finds it.
+
+        Args:
+            options: further ones of ``torch.compile``.
+
+        Raises:
+            ValueError: the model is no ``torch.nn.Module``.
+        """
+        if self.module is None:
+            raise ValueError(f"compile is True, but model is a {type(self.model).__name__}; allowed is a torch.nn.Module")
+        with ExitStack() as during:
+            # several windows and models: more kinds of shapes than the usual limit allows
+            during.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
+            for module in self._compiled_parts() if self.model is self.module else ():
+                module.forward = torch.compile(module.forward, fullgraph=True, **options)
+                during.callback(module.__dict__.pop, "forward")
+            self.compiled = True
+            try:
+                yield
+            finally:
+                self.compiled = False
+
+    def _compiled_parts(self) -> Sequence[torch.nn.Module]:
+        """Modules whose forwards are compiled, each on its own: repeated ones share the code."""
+        assert self.module is not None
+        return [self.module]
 
     def check_learned_variance(self) -> None:
         """Raise a ValueError if the model predicts no variance."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +23,7 @@ class DiTTarget(Target):
     Without labels every sample is drawn from the null class, ``config.num_embeds_ada_norm``.
     """
 
-    has_features = True
+    capturable = True
 
     def __init__(
         self,
@@ -38,6 +38,10 @@ class DiTTarget(Target):
         self.channels = config.in_channels
         self.null_class: int = config.num_embeds_ada_norm
         self.sample_shape = (self.channels, config.sample_size, config.sample_size)
+        self.feature_shape = (
+            (config.sample_size // config.patch_size) ** 2,
+            config.num_attention_heads * config.attention_head_dim,
+        )
         out_channels = config.out_channels or self.channels
         if out_channels not in (self.channels, 2 * self.channels):
             raise ValueError(
@@ -104,6 +108,10 @@ class DiTTarget(Target):
             share = ((raw[:rows, self.channels :].float() + 1) / 2).clamp(0, 1).flatten(1).mean(-1)
         return TargetOutput(output[:rows], output[rows:] if guided else None, feature, share)
 
+    def _compiled_parts(self) -> Sequence[torch.nn.Module]:
+        # whole, it would not see the hook of the top block's feature
+        return list(self.transformer.transformer_blocks)
+
     @contextmanager
     def capture_features(self) -> Iterator[None]:
         def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
@@ -117,3 +125,7 @@ class DiTTarget(Target):
             handle.remove()
             self._capturing = False
             self._captured = None
+
+    def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
+        """Of the first block: every block has a copy of the embedder."""
+        return self.transformer.transformer_blocks[0].norm1.emb.class_embedder(conditioning["class_labels"])
