@@ -240,7 +240,7 @@ def divergence(squared_norm: torch.Tensor, tau: torch.Tensor | float) -> torch.T
     :func:`relaxed_acceptance`.
     """
     squared_norm = squared_norm.double()
-    tau = torch.as_tensor(tau, dtype=torch.float64, device=squared_norm.device)
+    tau = _double(tau)
 
     def tilted(power: torch.Tensor | float) -> torch.Tensor:
         return _tilted(squared_norm, power)
@@ -257,9 +257,14 @@ def divergence(squared_norm: torch.Tensor, tau: torch.Tensor | float) -> torch.T
 
 def _tilted(squared_norm: torch.Tensor, power: torch.Tensor | float) -> torch.Tensor:
     """``E[exp(power * log_ratio); log_ratio < 0]``, log_ratio ~ N(-d²/2, d²); float64."""
-    power = torch.as_tensor(power, dtype=torch.float64, device=squared_norm.device)
+    power = _double(power)
     log_tail = torch.special.log_ndtr((0.5 - power) * squared_norm.sqrt())
     return torch.exp(power * (power - 1) / 2 * squared_norm + log_tail)
+
+
+def _double(value: torch.Tensor | float) -> torch.Tensor | float:
+    """A number stays one: as a tensor it would have to be copied to the device, which a graph cannot record."""
+    return value.double() if isinstance(value, torch.Tensor) else value
 
 
 def _checked(uncertainty: object, testable: torch.Tensor) -> torch.Tensor:

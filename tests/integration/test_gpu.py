@@ -134,3 +134,24 @@ def test_nan_is_named_by_a_captured_run_too() -> None:
     for sample in (free.ancestral_sample, free.speculative_sample):
         with pytest.raises(free.NonFiniteOutputError, match=r"model returned NaN or infinity at step 9 "):
             sample(broken, process=process, latents=latents, seed=[1, 2], capture=True)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_a_captured_relaxed_run_equals_the_eager_one_to_the_bit(budget: float | None) -> None:
+    target = free.as_target(ElementwiseTarget())
+    common: dict[str, Any] = {
+        "latents": torch.full((5, 4, 8, 8), 0.5, device="cuda"),
+        "num_inference_steps": 50,
+        "seed": [1, 2, 3, 4, 5],
+        "window": 4,
+        "relaxation": free.Relaxation(4.0, "residual", budget),
+    }
+    eager = free.speculative_sample(target, "hold-output", capture=False, **common)
+    for _ in range(2):  # recorded, then found again
+        captured = free.speculative_sample(target, "hold-output", capture=True, **common)
+        assert torch.equal(captured.samples, eager.samples)
+        assert captured.stats.excess_acceptance.tolist() == eager.stats.excess_acceptance.tolist()
+    assert eager.stats.total_variation_bound > 0
+    with pytest.raises(ValueError, match="capture is True, but the values of a callable uncertainty are read"):
+        relaxation = free.Relaxation(1.0, lambda drafted: torch.zeros(drafted.step.shape, device="cuda"))
+        free.speculative_sample(target, capture=True, **{**common, "relaxation": relaxation})
