@@ -152,6 +152,6 @@ def test_a_captured_relaxed_run_equals_the_eager_one_to_the_bit(budget: float | 
         assert torch.equal(captured.samples, eager.samples)
         assert captured.stats.excess_acceptance.tolist() == eager.stats.excess_acceptance.tolist()
     assert eager.stats.total_variation_bound > 0
+    common["relaxation"] = free.Relaxation(1.0, lambda drafted: torch.zeros(drafted.step.shape, device="cuda"))
     with pytest.raises(ValueError, match="capture is True, but the values of a callable uncertainty are read"):
-        relaxation = free.Relaxation(1.0, lambda drafted: torch.zeros(drafted.step.shape, device="cuda"))
-        free.speculative_sample(target, capture=True, **{**common, "relaxation": relaxation})
+        free.speculative_sample(target, capture=True, **common)
