@@ -28,11 +28,12 @@ class Quality:
     """Distances of N samples from real data, each with the standard error that N samples leave."""
 
     energy_distance: float
-    """2 E|x - y| - E|x - x'| - E|y - y'| over the samples x and the data y, without bias: about 0 for real ones, or less."""
+    """(2 E|x - y| - E|x - x'| - E|y - y'|) / E|y - y'| over the samples x and the data y, without bias: about 0 for real
+    ones, or less."""
     energy_error: float
     frechet_distance: float
-    """|difference of the means|² + tr(C1 + C2 - 2 sqrt(C1 C2)) of the features: biased upwards, the more, the fewer samples
-    there are."""
+    """|difference of the means|² + tr(C1 + C2 - 2 sqrt(C1 C2)) of the features, over the trace of the data's covariance;
+    biased upwards, the more, the fewer samples there are."""
     frechet_error: float
     frechet_floor: float
     """The same of as many real images that were kept apart (of all that were, if they are fewer)."""
@@ -84,12 +85,14 @@ class Judge:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it might be trained for longer
             self.network.fit(self.reference.numpy(), labels[order[0::2]].numpy())
+        self.scale = np.sqrt(self._hidden(self.reference).var(0, ddof=1).sum())
         self.moments = _moments(self.features(self.reference))
 
     def features(self, flat: torch.Tensor) -> np.ndarray:
-        """The hidden layer of the network, float64 [N, HIDDEN_UNITS], for flattened images [N, D]."""
-        hidden = flat.double().numpy() @ self.network.coefs_[0] + self.network.intercepts_[0]
-        return np.maximum(hidden, 0)
+        """The hidden layer of the network for flattened images [N, D], scaled to a total variance of 1 over the reference;
+        float64 [N, HIDDEN_UNITS].
+        """
+        return self._hidden(flat) / self.scale
 
     def __call__(self, samples: torch.Tensor) -> Quality:
         """Judge N samples [N, *sample shape], N at least 3, whose classes take turns.
@@ -100,17 +103,20 @@ class Judge:
         if tuple(samples.shape[1:]) != self.sample_shape or len(samples) < 3:
             raise ValueError(f"samples have shape {tuple(samples.shape)}; allowed is (3 or more, {self.sample_shape})")
         flat = samples.detach().cpu().float().flatten(1)
-        # of each sample on the distance, so that their spread gives the standard error
-        influence = _mean_distance(flat, self.reference) * 2 - _mean_distance(flat, flat, apart=True) * 2
-        energy = (2 * _mean_distance(flat, self.reference).mean() - _mean_distance(flat, flat, apart=True).mean()).item()
+        across, within = _mean_distance(flat, self.reference), _mean_distance(flat, flat, apart=True)  # [N]
+        energy = (2 * across.mean() - within.mean() - self.spread) / self.spread
+        influence = 2 * (across - within) / self.spread  # of each sample, so that their spread gives the standard error
         features = self.features(flat)
         return Quality(
-            energy - float(self.spread),
+            float(energy),
             standard_error(np.array([block.mean() for block in _blocks(influence.double().numpy())])),
             frechet_distance(_moments(features), self.moments),
             self._frechet_error(features),
             frechet_distance(_moments(self.features(self.apart[: len(flat)])), self.moments),
         )
+
+    def _hidden(self, flat: torch.Tensor) -> np.ndarray:
+        return np.maximum(flat.double().numpy() @ self.network.coefs_[0] + self.network.intercepts_[0], 0)
 
     def _frechet_error(self, features: np.ndarray) -> float:
         """By the jackknife, a block at a time left out: a bootstrap's repeated rows would add to so biased a distance."""

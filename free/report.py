@@ -71,7 +71,7 @@ def _further_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             for row in rows
         ],
         "energy": [_with_error(row, "energy", "{:.4f}") for row in rows],
-        "Fréchet": [_with_error(row, "frechet", "{:.3f}") for row in rows],
+        "Fréchet": [_with_error(row, "frechet", "{:.4f}") for row in rows],
     }
     usual = {"posterior", "1", "0", "-"}
     return {name: cells for name, cells in columns.items() if set(cells) - usual}
@@ -168,7 +168,7 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
             if row.get("strength", 0.0) == 0:
                 curves.setdefault(_sampler(row), []).append(row)
             elif row["steps"] == most:
-                curves.setdefault(f"{_sampler(row, strength=False)}, relaxed, S={most}", []).append(row)
+                curves.setdefault(f"{_sampler(row, strength=False)}, S={most}", []).append(row)
         for panel, (distance, title) in zip(line, _DISTANCES.items(), strict=True):
             for i, (name, curve) in enumerate(curves.items()):
                 curve.sort(key=lambda row: row["rounds"])
@@ -218,11 +218,11 @@ def _series(row: dict[str, Any]) -> str:
 def _settings(row: dict[str, Any], strength: bool = True) -> list[str]:
     settings = []
     if row.get("variance", "posterior") != "posterior":
-        settings.append(row["variance"])
+        settings.append(f"{row['variance']} variance")
     if row.get("stochasticity", 1.0) != 1:
         settings.append(f"ε={row['stochasticity']:g}")
     if row.get("strength", 0.0):
-        settings.append(row["uncertainty"])
+        settings.append(f"relaxed by {row['uncertainty']}")
         if strength:
             settings.append(f"strength {row['strength']:g}")
         if row["budget"] is not None:
