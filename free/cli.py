@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--seed", type=int, default=0, help="seed of the trajectories")
     calibrate.set_defaults(run=_calibrate)
     _add_compare(commands)
+    _add_train_drafter(commands)
     return parser
 
 
@@ -147,6 +148,28 @@ def _compare(arguments: argparse.Namespace) -> None:
     from free.compare import compare
 
     compare(**{name: value for name, value in vars(arguments).items() if name != "run"})
+
+
+def _add_train_drafter(commands: Any) -> None:
+    from free.training.config import add_arguments
+
+    train = commands.add_parser(
+        "train-drafter",
+        help="train a learned drafter for a DiT",
+        description="Trains a FeatureDrafter for a frozen DiT and saves it. `accelerate launch -m free.cli train-drafter …` "
+        "runs it on several GPUs. --base none --states noised is the paper's training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_arguments(train)
+    train.set_defaults(run=_train_drafter)
+
+
+def _train_drafter(arguments: argparse.Namespace) -> None:
+    from free.training import DrafterTrainingConfig, train_drafter
+
+    config = DrafterTrainingConfig(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    train_drafter(config)
+    print(f"drafter: {config.output_dir}")
 
 
 def _positive(text: str) -> int:
