@@ -28,6 +28,17 @@ def check_index(name: str, tensor: torch.Tensor, shape: Sequence[int | None], de
     _check_device(name, tensor, device)
 
 
+def check_drafted(
+    name: str, values: torch.Tensor | None, shape: Sequence[int | None], window: int, device: torch.device
+) -> None:
+    """A floating tensor of ``shape`` whose axis 1 has W-1 columns or more. A window of one drafts nothing and reads none."""
+    if values is None or window == 1:
+        return
+    check_values(name, values, shape, device)
+    if values.shape[1] < window - 1:
+        raise ValueError(f"{name} has {values.shape[1]} columns; a window of {window} needs {window - 1}")
+
+
 def check_guidance(
     output: torch.Tensor, unconditional: torch.Tensor | None, guidance_scale: float, name: str = "unconditional_output"
 ) -> None:

@@ -191,9 +191,8 @@ def _launches() -> Iterator[str]:
         if variant.window > 1:
             acceptance.acceptance(states, output, states[:, 1:], index, index, table, half, scale, noise)
         for draft in HOLD_DRAFTS:
-            propose.propose(
-                states[:, 0], index, index, variant.window, states, output, index, index, table, draft, half, scale, noise
-            )
+            window = (states[:, 0], index, index, variant.window, states, output, index, index, table)
+            propose.propose(*window, draft, half, scale, noise, output if variant.corrected else None)
         first = [None if values is None else values[:, 0] for values in (states, output, half, noise)]
         posterior.posterior(first[0], first[1], index, index, table, first[2], scale, first[3])
 
@@ -208,12 +207,14 @@ class _Variant:
     clips: bool = False
     stored: bool = False
     """Whether noise and uniforms are read."""
+    corrected: bool = False
+    """Whether a correction is added to the drafts."""
     window: int = 8
 
     @property
     def label(self) -> str:
         words = [_name(self.dtype), f"D={self.numel}", "guided" * self.guided, "clipped" * self.clips]
-        words += ["noise read" * self.stored, f"W={self.window}" * (self.window != 8)]
+        words += ["noise read" * self.stored, "corrected" * self.corrected, f"W={self.window}" * (self.window != 8)]
         return ", ".join(filter(None, words))
 
 
@@ -231,6 +232,10 @@ def _variants() -> Iterator[_Variant]:
     yield _Variant(_ODD, torch.bfloat16, window=1)
     yield _Variant(_ODD, torch.float32, clips=True)
     yield _Variant(_LARGE, torch.float32, clips=True, stored=True)
+    for dtype in _OUTPUTS:
+        yield _Variant(_SMALL, dtype, corrected=True)
+    yield _Variant(_ODD, torch.float32, clips=True, corrected=True)
+    yield _Variant(_LARGE, torch.float32, clips=True, stored=True, corrected=True)
 
 
 def _compile_task(task: tuple[Build, int]) -> Usage | str:

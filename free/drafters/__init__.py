@@ -7,6 +7,7 @@ from typing import Any
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
 from free.drafters.feature import FeatureDrafter
+from free.drafters.fresh import Fresh
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
@@ -20,6 +21,7 @@ __all__ = [
     "Anchor",
     "Drafter",
     "FeatureDrafter",
+    "Fresh",
     "HoldOutput",
     "HoldX0",
     "LastWindow",

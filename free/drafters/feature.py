@@ -142,7 +142,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         for what, own, others in (
             ("top-block features of (tokens, width)", (self.tokens, self.width), feature_shape),
             ("samples of shape", shape, target.sample_shape),
-            ("the device", self.device, target.device),
+            ("the device", self.device, target.device or self.device),
         ):
             if own != others:
                 raise ValueError(f"drafter was made for {what} {own}; the target's are {others}")

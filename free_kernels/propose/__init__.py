@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from free_kernels.checks import MAX_ELEMENTS, check_guidance, check_index, check_values
+from free_kernels.checks import MAX_ELEMENTS, check_drafted, check_guidance, check_index, check_values
 from free_kernels.dispatch import resolve
 from free_kernels.propose import reference
 from free_kernels.table import StepTable, check_table
@@ -22,7 +22,7 @@ class Proposal(NamedTuple):
     states: torch.Tensor
     """[B, W, D]: the current state and the W-1 drafted ones."""
     draft_output: torch.Tensor
-    """[B, W-1, D]: the network output that each drafted step was made with."""
+    """[B, W-1, D]: the network output that each drafted step was made with, its correction included."""
 
 
 def propose(
@@ -40,12 +40,17 @@ def propose(
     unconditional_anchor_outputs: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     noise: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> Proposal:
-    """Draft W-1 steps by holding what the last window knew.
+    """Draft W-1 steps by holding what the last window knew, with a correction on top where one is given.
 
     The draft for step k leans on one evaluation of the last window: the latest at a step <= k (one at k+1 would have seen
     the noise of step k). ``hold-output`` holds its network output, ``hold-x0`` its estimate of the clean sample.
+
+    ``correction`` is what a learned drafter predicts on top, ``y_draft = hold(...) + correction[:, j]``: it proposes the
+    path, evaluates its network on all the states at once, and proposes again with the network's outputs. The path moves
+    with it, and so does hold-x0's draft at later states. Column j may know the noise of steps before ``step + j`` only.
 
     Args:
         state: [B, D], float.
@@ -60,6 +65,8 @@ def propose(
         draft: one of :data:`HOLD_DRAFTS`.
         unconditional_anchor_outputs, guidance_scale: as in :func:`free_kernels.posterior`.
         noise: z [B, W-1, D] (or more columns) if it is at hand.
+        correction: [B, W-1, D] (or more columns), float of any dtype, added to each step's guided draft; NaN in it shows in
+            the states and in ``draft_output``.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -84,10 +91,8 @@ def propose(
     check_index("anchor_length", anchor_length, (batch,), state.device)
     check_table(table, state.device)
     check_guidance(anchor_outputs, unconditional_anchor_outputs, guidance_scale, "unconditional_anchor_outputs")
-    if noise is not None and window > 1:
-        check_values("noise", noise, (batch, None, numel), state.device)
-        if noise.shape[1] < window - 1:
-            raise ValueError(f"noise has {noise.shape[1]} columns; a window of {window} needs {window - 1}")
+    check_drafted("noise", noise, (batch, None, numel), window, state.device)
+    check_drafted("correction", correction, (batch, None, numel), window, state.device)
     arguments = (
         state,
         seed,
@@ -102,6 +107,7 @@ def propose(
         unconditional_anchor_outputs,
         guidance_scale,
         noise,
+        correction,
     )
     chosen = resolve(
         impl,
@@ -111,6 +117,7 @@ def propose(
         anchor_outputs=anchor_outputs,
         unconditional_anchor_outputs=unconditional_anchor_outputs,
         noise=noise,
+        correction=correction,
     )
     if chosen == "triton":
         from free_kernels.propose import kernel

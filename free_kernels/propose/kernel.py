@@ -24,6 +24,7 @@ def propose_kernel(
     anchor_output_ptr,  # float [B, A, D], strides anchor_output_batch, anchor_output_column
     unconditional_ptr,  # float [B, A, D], strides unconditional_batch, unconditional_column; not read unless GUIDED
     noise_ptr,  # float [B, >= DRAFTS, D], strides noise_batch, noise_column; not read unless HAS_NOISE
+    correction_ptr,  # float [B, >= DRAFTS, D], strides correction_batch, correction_column; not read unless HAS_CORRECTION
     seed_ptr,  # int64 [B]
     step_ptr,  # int64 [B]
     anchor_step_ptr,  # int64 [B]
@@ -44,6 +45,8 @@ def propose_kernel(
     unconditional_column,
     noise_batch,
     noise_column,
+    correction_batch,
+    correction_column,
     anchors,
     numel,
     num_steps,
@@ -54,6 +57,7 @@ def propose_kernel(
     GUIDED: tl.constexpr,
     CLIP: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = COUNTERS * 4
@@ -70,6 +74,7 @@ def propose_kernel(
     current = tl.load(state_ptr + sample * state_row + start + offsets, mask=mask, other=0.0).to(tl.float32)
     states_row = states_ptr + sample * (DRAFTS + 1) * numel + start
     drafted_row = drafted_ptr + sample * DRAFTS * numel + start
+    correction_row = correction_ptr + sample * correction_batch + start
     tl.store(states_row + offsets, current, mask=mask)
     for j in range(DRAFTS):
         step = tl.minimum(tl.maximum(first_step + j, 0), num_steps - 1)
@@ -96,6 +101,9 @@ def propose_kernel(
             output = (held - x0_state * current) / x0_model
         noise_row = noise_ptr + sample * noise_batch + j * noise_column + start
         noise = load_noise(noise_row, offsets, mask, seed, start, step, HAS_NOISE, COUNTERS)
+        if HAS_CORRECTION:  # read here and not before the noise is made, which takes the most registers
+            output += tl.load(correction_row + offsets, mask=mask, other=0.0).to(tl.float32)
+            correction_row += correction_column
         mean = step_mean(
             current,
             output,
@@ -127,6 +135,7 @@ def propose(
     unconditional_anchor_outputs: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    correction: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """states [B, W, D] and draft_output [B, W-1, D], float32."""
     call = _propose if eager(state, anchor_states, anchor_outputs) else _propose_op
@@ -145,6 +154,7 @@ def propose(
         unconditional_anchor_outputs,
         guidance_scale,
         noise,
+        correction,
     )
 
 
@@ -163,12 +173,15 @@ def _propose(
     unconditional_anchor_outputs: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    correction: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, numel = state.shape
     state, anchor_states, outputs = rows_of(state), rows_of(anchor_states), rows_of(anchor_outputs)
     unconditional = outputs if unconditional_anchor_outputs is None else rows_of(unconditional_anchor_outputs)
-    has_noise = noise is not None and window > 1
-    stored = rows_of(noise) if noise is not None and window > 1 else outputs
+    if window == 1:  # drafts nothing: neither is read
+        noise = correction = None
+    stored = outputs if noise is None else rows_of(noise)
+    corrections = outputs if correction is None else rows_of(correction)
     states = torch.empty(batch, window, numel, dtype=torch.float32, device=state.device)
     drafted = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=state.device)
     block = min(block_size(numel), MAX_BLOCK)
@@ -180,6 +193,7 @@ def _propose(
             outputs,
             unconditional,
             stored,
+            corrections,
             seed.contiguous(),
             step.contiguous(),
             anchor_step.contiguous(),
@@ -192,6 +206,7 @@ def _propose(
             *outputs.stride()[:2],
             *unconditional.stride()[:2],
             *stored.stride()[:2],
+            *corrections.stride()[:2],
             anchor_states.shape[1],
             numel,
             columns[0].shape[0],
@@ -201,7 +216,8 @@ def _propose(
             HOLD_X0=draft == "hold-x0",
             GUIDED=unconditional_anchor_outputs is not None,
             CLIP=clip_range is not None,
-            HAS_NOISE=has_noise,
+            HAS_NOISE=noise is not None,
+            HAS_CORRECTION=correction is not None,
             COUNTERS=block // 4,
             enable_fp_fusion=False,
         )
@@ -214,7 +230,7 @@ _propose_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor state, Tensor seed, Tensor step, int window, Tensor anchor_states, Tensor anchor_outputs, "
     "Tensor anchor_step, Tensor anchor_length, Tensor[] columns, float? clip_range, str draft, "
-    "Tensor? unconditional_anchor_outputs, float guidance_scale, Tensor? noise) -> (Tensor, Tensor)",
+    "Tensor? unconditional_anchor_outputs, float guidance_scale, Tensor? noise, Tensor? correction) -> (Tensor, Tensor)",
 )
 
 

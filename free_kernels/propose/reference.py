@@ -34,6 +34,7 @@ def propose(
     unconditional_anchor_outputs: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    correction: torch.Tensor | None,
 ) -> Proposal:
     from free_kernels.propose import Proposal
 
@@ -54,6 +55,10 @@ def propose(
     if unconditional_anchor_outputs is not None:
         unconditional_anchor_outputs = unconditional_anchor_outputs.gather(1, column)
     held = guided(anchor_outputs.gather(1, column), unconditional_anchor_outputs, guidance_scale, dtype)
+    if correction is not None:
+        correction = correction[:, : window - 1].to(dtype)
+        if draft == "hold-output":
+            held = held + correction
     scaled_noise = at_step(table.std, steps, dtype) * noise[:, : window - 1].to(dtype)
     if draft == "hold-output" and table.clip_range is not None:
         for j in range(window - 1):
@@ -67,6 +72,8 @@ def propose(
     else:
         x0 = x0_estimate(anchor_states.gather(1, column).to(dtype), held, anchor_steps, table)  # [B, W-1, D]
         x0_state_coef, x0_model_coef = at_step(table.x0_state_coef, steps, dtype), at_step(table.x0_model_coef, steps, dtype)
+        if correction is not None:
+            x0 = x0 + x0_model_coef * correction  # the x0 estimate that the corrected output stands for
         if table.clip_range is None:
             gain = at_step(table.model_coef, steps, dtype) / x0_model_coef
             slope = at_step(table.state_coef, steps, dtype) - gain * x0_state_coef

@@ -150,7 +150,16 @@ def test_optional_arguments(operation: str) -> None:
     refuses(operation, "^noise is on meta", noise=like.to(META))
 
 
-def test_noise_and_uniforms_that_are_too_short() -> None:
+def test_optional_arguments_of_propose() -> None:
+    for name in ("noise", "correction"):
+        refuses("propose", rf"^{name} has shape \(2, 3, 5\); allowed is \(2, any, 4\)", **{name: torch.zeros(2, 3, 5)})
+        refuses("propose", rf"^{name} has shape \(2, 4\); allowed", **{name: torch.zeros(2, 4)})
+        refuses("propose", rf"^{name} has dtype torch.int64", **{name: torch.zeros(2, 2, 4).long()})
+        refuses("propose", rf"^{name} is on meta", **{name: torch.zeros(2, 2, 4, device=META)})
+
+
+def test_too_few_columns() -> None:
+    refuses("propose", "^correction has 1 columns; a window of 3 needs 2", correction=torch.zeros(2, 1, 4))
     refuses("propose", "^noise has 1 columns; a window of 3 needs 2", noise=torch.zeros(2, 1, 4))
     refuses("verify", "^uniforms has 1 columns; a window of 3 needs 2", uniforms=torch.zeros(2, 1))
     refuses("propose", "^window is 0; allowed is 1 or more", window=0)

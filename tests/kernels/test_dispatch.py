@@ -78,7 +78,9 @@ def all_operations(
     """Every operation once, each on the results of another."""
     length = torch.full_like(step, states.shape[1])
     half = {"unconditional_output": outputs * 0.9, "guidance_scale": 1.5, "impl": impl}
-    proposal = free_kernels.propose(states[:, 0], seed, step, 3, states, outputs, step, length, process, impl=impl)
+    window = (states[:, 0], seed, step, 3, states, outputs, step, length, process)
+    plain = free_kernels.propose(*window, impl=impl)
+    proposal = free_kernels.propose(*window, correction=outputs * 0.1, impl=impl)
     verified = free_kernels.verify(proposal.states, outputs, proposal.draft_output, seed, step, length, process, **half)
     state = free_kernels.posterior(verified.next_state, outputs[:, 0], seed, step, process, impl=impl)
     ratios = free_kernels.acceptance(states, outputs, outputs + 0.01, seed, step, process, **half)
@@ -86,7 +88,7 @@ def all_operations(
     reflected = free_kernels.householder(state, state + 1, general.inner, general.squared_norm, impl=impl)
     words = free_kernels.philox(seed, step, 2, impl=impl)
     noise, test = free_kernels.normal(seed, step, 5, impl=impl), free_kernels.uniform(seed, step, impl=impl)
-    return (*proposal, *verified, state, *ratios, *general, reflected, words, noise, test)
+    return (*plain, *proposal, *verified, state, *ratios, *general, reflected, words, noise, test)
 
 
 def arguments(device: torch.device) -> tuple[Any, ...]:

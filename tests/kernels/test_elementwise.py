@@ -147,6 +147,7 @@ def check_propose(
     scale: float = 1.0,
     layout: str = "contiguous",
     stored: bool = False,
+    corrected: bool = False,
 ) -> None:
     """Anchors that end before, at and after the window, one alone, a window that runs beyond the table."""
     batch, anchors = 4, 5
@@ -155,6 +156,7 @@ def check_propose(
     state, states = helpers.normal(batch, numel), helpers.normal(batch, anchors, numel, seed=1)
     outputs, unconditional = (helpers.normal(batch, anchors, numel, seed=i).to(dtype) for i in (2, 3))
     noise = helpers.normal(batch, window, numel, seed=4) if stored else None
+    correction = helpers.normal(batch, window + 1, numel, seed=5).to(dtype) if corrected else None
     # what was not evaluated is not read
     for values in (states, outputs, unconditional):
         for row, length in enumerate(anchor_length.tolist()):
@@ -178,6 +180,7 @@ def check_propose(
             unconditional_anchor_outputs=moved(unconditional) if scale != 1.0 else None,
             guidance_scale=scale,
             noise=None if noise is None else moved(noise),
+            correction=None if correction is None else moved(correction),
             impl=impl,
         )
 
@@ -193,9 +196,16 @@ def test_propose(device: torch.device, draft: str, dtype: torch.dtype, clip: boo
     check_propose(device, table(20, clip), 37, 4, draft, dtype, scale=1.5)
 
 
+@pytest.mark.parametrize("draft", HOLD_DRAFTS)
+@pytest.mark.parametrize(("dtype", "clip"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_propose_with_a_correction(device: torch.device, draft: str, dtype: torch.dtype, clip: bool) -> None:
+    """In the dtype of the outputs, with more columns than are drafted."""
+    check_propose(device, table(20, clip), 37, 4, draft, dtype, scale=1.5, corrected=True)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_propose_reads_any_strides(device: torch.device, layout: str) -> None:
-    check_propose(device, table(), 21, 3, "hold-x0", scale=1.5, layout=layout, stored=True)
+    check_propose(device, table(), 21, 3, "hold-x0", scale=1.5, layout=layout, stored=True, corrected=True)
 
 
 @pytest.mark.parametrize(("numel", "window"), [(1, 3), (1025, 2), (9, 1)])
@@ -203,17 +213,39 @@ def test_propose_of_any_size(device: torch.device, numel: int, window: int) -> N
     check_propose(device, table(), numel, window, "hold-x0")
 
 
-def test_propose_ignores_noise_for_a_window_of_one(device: torch.device) -> None:
-    check_propose(device, table(), 5, 1, "hold-output", stored=True)
+def test_propose_ignores_noise_and_correction_for_a_window_of_one(device: torch.device) -> None:
+    check_propose(device, table(), 5, 1, "hold-output", stored=True, corrected=True)
 
 
-def test_propose_walks_as_posterior_does(device: torch.device) -> None:
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("draft", HOLD_DRAFTS)
+def test_a_correction_changes_what_it_touches_and_no_more(device: torch.device, draft: str, clip: bool) -> None:
+    """Zeros change nothing to the bit; NaN shows in its own draft and in every state after it."""
+    process, step = on(device, table(20, clip)), torch.tensor([0, 4], device=device)
+    state, anchors = helpers.normal(2, 9).to(device), helpers.normal(2, 2, 9, seed=1).to(device)
+    arguments = (state, SEEDS[:2].to(device), step, 4, anchors, anchors, step, torch.full_like(step, 2), process)
+    plain = propose(*arguments, draft=draft, impl="triton")
+    correction = torch.zeros(2, 3, 9, device=device)
+    for mine, theirs in zip(propose(*arguments, draft=draft, correction=correction, impl="triton"), plain, strict=True):
+        assert torch.equal(mine, theirs)
+    correction[1, 1, 5] = torch.nan
+    states, drafted = propose(*arguments, draft=draft, correction=correction, impl="triton")
+    assert states.isnan().nonzero().tolist() == [[1, 2, 5], [1, 3, 5]]
+    # hold-x0 looks at the state, and so at the NaN again
+    assert drafted.isnan().nonzero().tolist() == [[1, 1, 5], [1, 2, 5]][: 2 if draft == "hold-x0" else 1]
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_propose_walks_as_posterior_does(device: torch.device, corrected: bool) -> None:
     """To the bit: a draft that equals the target must leave no difference."""
     process, seed = on(device, table()), SEEDS[:3].to(device)
     step = torch.tensor([0, 4, 9], device=device)
     state, anchors = helpers.normal(3, 30).to(device), helpers.normal(3, 2, 30, seed=1).to(device)
     outputs, length = helpers.normal(3, 2, 30, seed=2).to(device), torch.full((3,), 2, device=device)
-    states, drafted = propose(state, seed, step, 4, anchors, outputs, step, length, process, impl="triton")
+    correction = helpers.normal(3, 3, 30, seed=3).to(device) if corrected else None
+    states, drafted = propose(
+        state, seed, step, 4, anchors, outputs, step, length, process, correction=correction, impl="triton"
+    )
     for j in range(3):
         walked = posterior(states[:, j], drafted[:, j], seed, step + j, process, impl="triton")
         assert torch.equal(walked, states[:, j + 1])

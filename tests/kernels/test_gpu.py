@@ -16,6 +16,7 @@ from tests.kernels.helpers import on, table
 pytestmark = pytest.mark.gpu
 
 BATCH, WINDOW, NUMEL = 4, 8, 4096
+CORRECTED = pytest.mark.parametrize("corrected", [False, True])
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def _no_synchronisation(gpu: torch.device) -> Iterator[None]:
 class Loop:
     """Propose and verify on tensors that stay where they are, as a captured graph needs them."""
 
-    def __init__(self, device: torch.device, guided: bool = True) -> None:
+    def __init__(self, device: torch.device, corrected: bool = False) -> None:
         self.process: StepTable = on(device, table(50))
         self.state = helpers.normal(BATCH, NUMEL).to(device)
         self.states, self.output, self.unconditional = (
@@ -43,6 +44,7 @@ class Loop:
         self.seed = torch.arange(BATCH, device=device)
         self.step = torch.arange(BATCH, device=device) * 3
         self.length = torch.full((BATCH,), WINDOW, device=device)
+        self.correction = 0.01 * self.output if corrected else None
 
     def run(self, impl: str = "auto") -> tuple[Proposal, Verification]:
         guidance = {"guidance_scale": 1.5, "impl": impl}
@@ -57,6 +59,7 @@ class Loop:
             self.length,
             self.process,
             unconditional_anchor_outputs=self.unconditional,
+            correction=self.correction,
             **guidance,
         )
         verification = verify(
@@ -74,8 +77,9 @@ class Loop:
 
 
 @pytest.mark.usefixtures("_no_synchronisation")
-def test_a_round_never_waits_for_the_device(gpu: torch.device) -> None:
-    loop = Loop(gpu)
+@CORRECTED
+def test_a_round_never_waits_for_the_device(gpu: torch.device, corrected: bool) -> None:
+    loop = Loop(gpu, corrected)
     loop.run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -84,8 +88,9 @@ def test_a_round_never_waits_for_the_device(gpu: torch.device) -> None:
     loop.run()
 
 
-def test_a_captured_graph_follows_seeds_and_steps(gpu: torch.device) -> None:
-    loop = Loop(gpu)
+@CORRECTED
+def test_a_captured_graph_follows_seeds_and_steps(gpu: torch.device, corrected: bool) -> None:
+    loop = Loop(gpu, corrected)
     loop.run()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -26,6 +26,7 @@ import free
 from free.drafters import Drafter, Situation, StepDrafter
 from free_kernels import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, posterior, uniform, verify
 from tests.analytic import GaussianTarget, MixtureTarget, ShiftedModel, turning_direction
+from tests.featured import WIDTH, FeaturedTarget, feature_drafter
 from tests.statistical import laws
 from tests.statistical.laws import bonferroni, chi2_p, normal_p, spearman_p, spread_p, success_p, unit
 
@@ -209,7 +210,7 @@ class Recorder(Drafter):
 
     def __init__(self, drafter: Any) -> None:
         self.drafter = free.as_drafter(drafter)
-        self.name = self.drafter.name
+        self.name, self.needs_features = self.drafter.name, self.drafter.needs_features
         self.rounds: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def check(self, target: free.Target) -> None:
@@ -283,6 +284,25 @@ def random_linear(case: Case) -> free.LinearDrafter:
     return free.LinearDrafter(weight, make_process(case).timestep, case.shape, gap_edges=(1, 3))
 
 
+@functools.cache
+def trained_drafter(target: str, steps: int) -> free.FeatureDrafter:
+    """A FeatureDrafter after a few dozen rounds of training on what its own windows visit."""
+    from free.training.examples import VisitedWindows
+    from free.training.loss import drafter_loss
+
+    torch.manual_seed(0)
+    featured, process = FeaturedTarget(make_target(Case(target, "", 8))), free.ReverseProcess.ddpm(steps)
+    drafter = free.FeatureDrafter(1, WIDTH, DIM, 1, 1)
+    visited = VisitedWindows(featured, [process], 1.0, window=8, pool=64)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
+    for _ in range(150):
+        examples = visited.draw(drafter, torch.randn(64, DIM, 1, 1), torch.zeros(64, dtype=torch.int64))
+        optimizer.zero_grad()
+        drafter_loss(drafter, examples)["loss"].backward()
+        optimizer.step()
+    return drafter.eval()
+
+
 def shaped(model: Any, shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
     """A model of samples [DIM] as one of samples of ``shape``."""
 
@@ -300,6 +320,12 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
         "shifted": lambda: ShiftedModel(model, process),
         "leaning": lambda: LeaningDrafter(model),
         "linear": lambda: random_linear(case),
+        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1),
+        "feature, untrained, two sweeps": lambda: feature_drafter(None, 2),
+        "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0),
+        "the paper's, untrained": lambda: feature_drafter(None, 0),
+        "feature, trained": lambda: trained_drafter(case.target, case.steps),
+        "fresh hold-x0": lambda: free.Fresh(free.HoldX0()),
     }.get(case.drafter)
     conditioning = {"center": center(case.samples).to(device)} if guided else {}
     if guided and case.drafter == "shifted":
@@ -309,6 +335,8 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     else:
         recorder = Recorder(case.drafter if drafter is None else drafter())
     sampled = model if case.shape == (DIM,) else shaped(model, case.shape)
+    if recorder.needs_features:
+        sampled = FeaturedTarget(model)
     target = free.as_target(sampled, null_conditioning={"center": torch.zeros(DIM)}) if guided else free.as_target(sampled)
     base = case.seed * 2**32
     seeds = torch.arange(case.samples, device=device) + base
@@ -466,6 +494,21 @@ CASES: dict[str, Case] = {
     "gaussian, linear, W=4": Case("gaussian", "linear", 4, seed=14, shape=(1, 2, 3)),
     "gaussian, linear, W=8, guided": Case("gaussian", "linear", 8, guidance_scale=2.0, seed=15),
     "mixture, linear, W=8, clipped": Case("mixture", "linear", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
+    **{
+        f"{target}, {drafter}, W={window}{', clipped' if clip else ''}": Case(
+            target, drafter, window, clip=clip, seed=17 + i, shape=FeaturedTarget.sample_shape
+        )
+        for i, (target, drafter, window, clip) in enumerate(
+            (
+                ("gaussian", "feature, untrained, one sweep", 4, None),
+                ("mixture", "feature, untrained, two sweeps", 8, 0.8),
+                ("gaussian", "feature, untrained, walking", 4, None),
+                ("gaussian", "the paper's, untrained", 4, None),
+                ("ill-conditioned", "feature, trained", 8, None),
+                ("gaussian", "fresh hold-x0", 4, None),
+            )
+        )
+    },
 }
 
 

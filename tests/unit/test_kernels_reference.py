@@ -216,11 +216,17 @@ def windows(batch: int, anchors: int) -> dict[str, torch.Tensor]:
 @GUIDANCE
 @pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
 @pytest.mark.parametrize("window", [1, 2, 4])
-def test_propose_drafts_step_by_step(table: StepTable, guidance: float | None, draft: str, window: int) -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_propose_drafts_step_by_step(
+    table: StepTable, guidance: float | None, draft: str, window: int, corrected: bool
+) -> None:
     given = windows(3, 4)
     extra: dict[str, Any] = {}
     if guidance is not None:
         extra = {"unconditional_anchor_outputs": randn(3, 4, D, seed=77), "guidance_scale": guidance}
+    correction = randn(3, window + 1, D, seed=6)
+    if corrected:
+        extra["correction"] = correction
     states, outputs = propose(**given, window=window, table=table, draft=draft, **extra)
     assert states.shape == (3, window, D)
     assert outputs.shape == (3, window - 1, D)
@@ -235,12 +241,14 @@ def test_propose_drafts_step_by_step(table: StepTable, guidance: float | None, d
             a = max(at for at in range(first, first + length) if at <= k)
             held = guided(
                 given["anchor_outputs"][row, a - first],
-                extra["unconditional_anchor_outputs"][row, a - first] if extra else None,
+                extra["unconditional_anchor_outputs"][row, a - first] if guidance is not None else None,
                 guidance or 1.0,
             )
             if draft == "hold-x0":
                 x0 = table.x0_state_coef[a] * given["anchor_states"][row, a - first] + table.x0_model_coef[a] * held
                 held = (x0 - table.x0_state_coef[k] * x) / table.x0_model_coef[k]
+            if corrected:
+                held = held + correction[row, j]
             z = normal(given["seed"][row], torch.tensor(k), D, dtype=torch.float64)
             noise[row, j] = z
             x = mean_of(x, held, k, table) + table.std[k] * z
@@ -259,6 +267,43 @@ def test_hold_x0_keeps_the_anchors_x0_along_the_whole_draft() -> None:
         torch.testing.assert_close(
             table.x0_state_coef[j] * states[0, j] + table.x0_model_coef[j] * outputs[0, j], x0, rtol=1e-7, atol=1e-7
         )
+
+
+@TABLES
+@pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
+def test_a_correction_of_zeros_changes_nothing_to_the_bit(table: StepTable, draft: str) -> None:
+    given = windows(3, 4)
+    plain = propose(**given, window=4, table=table, draft=draft)
+    zeros = propose(**given, window=4, table=table, draft=draft, correction=torch.zeros(3, 3, D))
+    for mine, theirs in zip(zeros, plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@TABLES
+@pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
+def test_a_correction_is_known_from_its_step_on(table: StepTable, draft: str) -> None:
+    """Each column moves its own draft and the states after it, never anything before; NaN is not lost on the way."""
+    given = windows(3, 4)
+    before = propose(**given, window=4, table=table, draft=draft)
+    for column in range(3):
+        correction = torch.zeros(3, 3, D)
+        correction[1, column, 2] = torch.nan
+        states, outputs = propose(**given, window=4, table=table, draft=draft, correction=correction)
+        assert torch.equal(states[1, : column + 1], before.states[1, : column + 1])
+        assert torch.equal(outputs[1, :column], before.draft_output[1, :column])
+        assert outputs[1, column, 2].isnan()
+        assert states[1, column + 1 :, 2].isnan().all()
+        assert states.isnan().sum() == 3 - column  # of one element of one sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_correction_of_any_dtype_is_added_in_the_states(dtype: torch.dtype) -> None:
+    given, correction = windows(3, 4), randn(3, 3, D, seed=6, dtype=dtype)
+    got = propose(**given, window=4, table=small_table(S), correction=correction)
+    assert got.draft_output.dtype == torch.float64
+    wide = propose(**given, window=4, table=small_table(S), correction=correction.double())
+    for mine, theirs in zip(got, wide, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_anchor_index_never_points_beyond_the_draft() -> None:
