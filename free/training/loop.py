@@ -254,10 +254,9 @@ class _Run:
         accelerator = self.accelerator
         with self._averaged():
             if accelerator.is_main_process:
-                weights = {name: value.detach().cpu() for name, value in self.drafter.state_dict().items()}
-                saved = FeatureDrafter.from_config(self.drafter.config)
-                saved.load_state_dict(weights)
-                saved.to(getattr(torch, self.config.save_dtype)).save_pretrained(self.output_dir)
+                saved = FeatureDrafter(**{k: v for k, v in self.drafter.config.items() if not k.startswith("_")})
+                saved.load_state_dict(self.drafter.state_dict())
+                saved.to(dtype=getattr(torch, self.config.save_dtype)).save_pretrained(self.output_dir)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return FeatureDrafter.from_pretrained(self.output_dir).to(accelerator.device)
