@@ -229,10 +229,8 @@ class _Run:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         visited = [source.state_dict() for source in self.sources if isinstance(source, VisitedWindows)]
-        with self._averaged():
-            self.checkpoints.save(
-                self.step, shared, {"random": random_state(), "visited": visited}, self.drafter.save_pretrained
-            )
+        own = {"random": random_state(), "visited": visited}
+        self.checkpoints.save(self.step, shared, own, self._save_drafter)
 
     def _resume(self, folder: Path) -> None:
         self.step, shared, own = self.checkpoints.load(folder)
@@ -252,14 +250,19 @@ class _Run:
 
     def _finish(self) -> FeatureDrafter:
         accelerator = self.accelerator
-        with self._averaged():
-            if accelerator.is_main_process:
-                saved = FeatureDrafter(**{k: v for k, v in self.drafter.config.items() if not k.startswith("_")})
-                saved.load_state_dict(self.drafter.state_dict())
-                saved.to(dtype=getattr(torch, self.config.save_dtype)).save_pretrained(self.output_dir)
+        if accelerator.is_main_process:
+            self._save_drafter(self.output_dir)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return FeatureDrafter.from_pretrained(self.output_dir).to(accelerator.device)
+
+    def _save_drafter(self, folder: Path) -> None:
+        settings = {name: value for name, value in self.drafter.config.items() if not name.startswith("_")}
+        with torch.random.fork_rng(devices=[]):  # new weights are random at first
+            saved = FeatureDrafter(**settings)
+        with self._averaged():
+            saved.load_state_dict(self.drafter.state_dict())
+        saved.to(dtype=getattr(torch, self.config.save_dtype)).save_pretrained(folder)
 
     def _make_sources(self, unroll: int) -> list[Source]:
         """A new source of examples for each process."""
