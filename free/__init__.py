@@ -19,8 +19,9 @@ from free.drafters import (
     StepDrafter,
     as_drafter,
 )
+from free.loop import NonFiniteOutputError
 from free.process import ReverseProcess
-from free.sampling import NonFiniteOutputError, SamplingOutput, ancestral_sample, speculative_sample
+from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
 from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
 from free.version import __version__

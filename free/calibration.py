@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from free.drafters.base import Situation
 from free.drafters.hold import HoldX0
 from free.drafters.linear import Bands, LinearDrafter
+from free.loop import Turn, rounds
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Request, check_request
-from free.sampling import NonFiniteOutputError, speculative_sample
-from free.statistics import Stopwatch, standard_error
-from free.window import Round, Setup, advance, first_window
-from free_kernels import Proposal, guided, x0_estimate
+from free.sampling import speculative_sample
+from free.statistics import Account, SamplingStatistics, Stopwatch, standard_error
+from free.window import Setup
+from free_kernels import guided, x0_estimate
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -104,39 +104,22 @@ def calibrate(
 
 def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _Sums:
     """The sums over one run of the trajectories, drafted by hold-x0."""
-    watching, sums, steps = _Watching(), _Sums(request.process, bands), request.process.num_steps
-    setup = Setup(request, watching, window, impl)
-    live, watch = first_window(setup, request.initial_state()), Stopwatch(request.seed.device)
-    while len(live.index):
-        done = advance(live, setup, watch)
-        finite = torch.isfinite(live.state).all(-1)
-        if not bool(finite.all()):
-            row = int(finite.logical_not().nonzero()[0, 0])
-            raise NonFiniteOutputError(
-                f"model returned NaN or infinity at step {int(live.step[row]) - 1} of trajectory {int(live.index[row])}"
-            )
-        output = guided(live.last.output, live.last.unconditional, request.guidance_scale, torch.float32)
-        sums.add(watching.situation, done, output)
-        bar.update(int((live.step - done.step).sum()))
-        live = live.keep((live.step < steps).nonzero()[:, 0])
+    process, drafter = request.process, HoldX0()
+    sums, account = _Sums(request, bands), Account(process.num_steps, request.seed)
+    stats = SamplingStatistics(process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
+    setup, watch = Setup.of(request, drafter, window, impl), Stopwatch(request.seed.device)
+    for turn in rounds(setup, request.initial_state(), account, stats, watch, lag=0):
+        sums.add(turn)
+        bar.update(int(turn.step.sum()) - bar.n)
     return sums
-
-
-class _Watching(HoldX0):
-    """hold-x0 that remembers what the window it drafted leant on."""
-
-    situation: Situation
-
-    def propose(self, situation: Situation) -> Proposal:
-        self.situation = situation
-        return super().propose(situation)
 
 
 class _Sums:
     """Of the least squares, by step, age of the anchor and band: float64 [S, G, N] each, whatever the trajectories are."""
 
-    def __init__(self, process: ReverseProcess, bands: Bands) -> None:
-        self.process, self.bands = process, bands
+    def __init__(self, request: Request, bands: Bands) -> None:
+        process = request.process
+        self.process, self.guidance_scale, self.bands = process, request.guidance_scale, bands
         self.edges = torch.tensor(GAP_EDGES, device=process.std.device)
         cells = process.num_steps, len(GAP_EDGES) + 1
         self.square = torch.zeros(*cells, bands.count, dtype=torch.float64, device=process.std.device)
@@ -144,9 +127,10 @@ class _Sums:
         self.count = torch.zeros(*cells, 1, dtype=torch.float64, device=process.std.device)
         """Of the drafts' weights, [S, G, 1]."""
 
-    def add(self, situation: Situation, done: Round, output: torch.Tensor) -> None:
-        """A round: its states, and the target's guided outputs [B, W, D] there."""
-        process = self.process
+    def add(self, turn: Turn) -> None:
+        """A round: its states, and the target's guided outputs there."""
+        process, situation, done, last = self.process, turn.done.situation, turn.done, turn.live.last
+        output = guided(last.output, last.unconditional, self.guidance_scale, torch.float32)  # [B, W, D]
         column = torch.arange(output.shape[1], device=output.device)
         # those that a test looked at: the abandoned rest of a window was never a choice between accepting and rejecting
         tested = column < (done.verification.advance - 1 + done.verification.rejected)[:, None]

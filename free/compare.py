@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,13 +17,14 @@ import torch
 from tqdm.auto import tqdm
 
 from free.drafters import Drafter, LinearDrafter, Situation, as_drafter
+from free.loop import rounds
 from free.request import check_request
 from free.rows import append_row, environment, read_rows
 from free.sampling import speculative_sample
-from free.statistics import SamplingStatistics, Stopwatch, aligned, standard_error
+from free.statistics import Account, SamplingStatistics, Stopwatch, aligned, standard_error
 from free.targets import Target
 from free.targets.dit import DiTTarget
-from free.window import Setup, advance, first_window
+from free.window import Setup
 from free_kernels import Proposal
 
 DEFAULT_RESULTS = Path("benchmarks/results/compare.jsonl")
@@ -384,7 +386,13 @@ def _measure(target: DiTTarget, contender: _Contender, configuration: dict[str, 
     for first in range(0, samples, batch_size):
         part = slice(first, first + batch_size)
         output = speculative_sample(
-            target, contender.drafter, class_labels=labels[part], seed=seeds[part], window=window, **arguments
+            target,
+            contender.drafter,
+            class_labels=labels[part],
+            seed=seeds[part],
+            window=window,
+            capture=False,  # of a captured round the drafts' share is not known
+            **arguments,
         )
         runs.append(output.stats)
         bar.update(len(labels[part]))
@@ -440,13 +448,12 @@ def _count_flops(
         impl="auto",
         callback_on_step_end=None,
     )
-    watched = _Watched(drafter)
-    setup = Setup(request, watched, min(window, num_inference_steps), "auto")
-    live = first_window(setup, request.initial_state())
+    watched, steps, state = _Watched(drafter), request.process.num_steps, request.initial_state()
+    setup, account = Setup.of(request, watched, window, "auto"), Account(steps, request.seed)
+    stats = SamplingStatistics(steps, window, drafter.name, np.zeros(request.batch, np.int64))
     with target.capture_features() if drafter.needs_features else nullcontext():
-        for _ in range(2):
-            if bool((live.step < num_inference_steps).all()):
-                advance(live, setup, Stopwatch(request.seed.device))
+        for _ in itertools.islice(rounds(setup, state, account, stats, Stopwatch(request.seed.device), lag=0), 2):
+            pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)
     conditioning = {name: value[:1] for name, value in request.conditioning.items()}
     with _Flops() as counter:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +13,22 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from free.ancestral import Chain, step_on
+from free.capture import AncestralGraph, Graphs, wants_capture
 from free.drafters import Drafter, as_drafter
+from free.loop import Turn, check_finite, rounds
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
-from free.statistics import SamplingStatistics, Stopwatch
-from free.window import Live, Round, Setup, advance, first_window
-from free_kernels import NOISE_STREAM, normal, posterior
+from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
+from free.window import Setup
+from free_kernels import NOISE_STREAM, normal
+from free_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 # the ancestral sampler draws the noise of several steps in one call, this many numbers at most
 _NOISE_BLOCK = 2**16
-
-
-class NonFiniteOutputError(FloatingPointError, ValueError):
-    """A model returned NaN or infinity; the message names the step and the sample."""
 
 
 @dataclass
@@ -58,6 +59,8 @@ def speculative_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     impl: str = "auto",
+    capture: str | bool = "auto",
+    compile: bool = False,
     progress: bool = False,
     callback_on_step_end: Callback | None = None,
     return_trajectory: bool = False,
@@ -83,6 +86,12 @@ def speculative_sample(
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``, of :mod:`free_kernels`.
+        capture: replay each round as one CUDA graph: True, False, or ``"auto"``, which does so on CUDA where model and
+            drafter are known to leave the host out (``capturable``: a DiT and the drafters of this package are; a plain
+            callable may do anything). Recording takes about three rounds for each batch size and window; a
+            :class:`free.Target` (``free.as_target(model)``) that is sampled again keeps its graphs.
+        compile: run the model under ``torch.compile(fullgraph=True)`` during this call, a DiT block by block, which compiles
+            one block for all. Compiling takes seconds once a process, and again for a new kind of shape.
         progress: show a bar that counts steps.
         callback_on_step_end: called after each round with (model, step, timestep, {"latents": states}): step int64 [B]
             and timestep [B] of each sample's last settled step, states [B, *shape]. It observes; what it returns is not
@@ -116,24 +125,28 @@ def speculative_sample(
         callback_on_step_end=callback_on_step_end,
     )
     drafter.check(request.target)
+    captured = wants_capture(capture, request, drafter)
 
-    setup = Setup(request, drafter, min(window, request.process.num_steps), impl)
+    setup = Setup.of(request, drafter, window, impl)
     stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
-    live = first_window(setup, result.state.clone())
-    features = request.target.capture_features() if drafter.needs_features else nullcontext()
-    bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
+    # with static shapes the host may be a round behind, unless somebody looks at every round
+    lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
     begin = time.perf_counter()
-    with bar, features:
-        while len(live.index):
-            done = advance(live, setup, watch)
-            settled, unfinished = _account(done, live, stats, request)
-            result.settle(done, live)
-            bar.update(settled)
-            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(stats.rounds.sum())):.2f}", refresh=False)
-            if len(unfinished) < len(live.index):
-                live = live.keep(torch.tensor(unfinished, dtype=torch.int64, device=live.index.device))
+    with ExitStack() as during:
+        bar = during.enter_context(tqdm(total=request.batch * stats.steps, disable=not progress, unit="step"))
+        if drafter.needs_features:
+            during.enter_context(request.target.capture_features())
+        if compile:
+            during.enter_context(request.target.compile())
+        graphs = Graphs.of(setup) if captured else None
+        account = graphs.account if graphs else Account(stats.steps, request.seed)
+        for turn in rounds(setup, result.state, account, stats, watch, lag, graphs):
+            result.settle(turn)
+            bar.update(int(turn.step.sum()) - bar.n)
+            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.rounds.sum())):.2f}", refresh=False)
+    stats.take(account)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
@@ -154,6 +167,8 @@ def ancestral_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     impl: str = "auto",
+    capture: str | bool = "auto",
+    compile: bool = False,
     progress: bool = False,
     callback_on_step_end: Callback | None = None,
     return_trajectory: bool = False,
@@ -177,88 +192,41 @@ def ancestral_sample(
         impl=impl,
         callback_on_step_end=callback_on_step_end,
     )
-    process, batch, target = request.process, request.batch, request.target
-    stats = SamplingStatistics(process.num_steps, 1, "none", np.full(batch, process.num_steps))
-    result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
+    captured = wants_capture(capture, request)
+    process, target = request.process, request.target
+    stats = SamplingStatistics(process.num_steps, 1, "none", np.full(request.batch, process.num_steps))
+    chain = Chain.begin(request)
+    result = _Result(request, chain.state, model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
-    state = result.state
-    block = max(1, _NOISE_BLOCK // state.numel())
-    first_bad = torch.full_like(request.seed, -1)
+    # what the host reads and draws, it does for a block of steps; the kernels make noise faster than they could read it
+    block = max(1, _NOISE_BLOCK // chain.state.numel())
+    stored = resolve(impl, request.seed.device) == "reference" and not captured
+    under_way: deque[Progress] = deque()
     begin = time.perf_counter()
-    for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
-        step = torch.full_like(request.seed, k)
-        with watch("target"):
-            output = target.evaluate(
-                state.view(batch, *request.sample_shape), process.timestep[step], request.conditioning, request.guided
-            )
-        stats.count_forward(batch, target.forward_batch(request.guided))
-        with watch("verification"):
-            if k % block == 0:
-                steps = torch.arange(k, min(k + block, process.num_steps), device=step.device)
-                noise = normal(request.seed[:, None], steps, state.shape[1], stream=NOISE_STREAM, impl=impl)
-            state = posterior(
-                state,
-                output.output.flatten(1),
-                request.seed,
-                step,
-                process.table,
-                unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
-                guidance_scale=request.guidance_scale,
-                noise=noise[:, k % block],
-                impl=impl,
-            )
-            bad = (first_bad < 0) & ~torch.isfinite(state).all(-1)
-            first_bad = torch.where(bad, k, first_bad)
-        # the device is asked once a block
-        if (k + 1) % block == 0 or k + 1 == process.num_steps:
-            for sample, at in enumerate(first_bad.tolist()):
-                if at >= 0:
-                    raise _non_finite("model", at, sample, process)
-        result.settle_all(k, state)
+    with target.compile() if compile else nullcontext():
+        graph = AncestralGraph.of(request, impl) if captured else None
+        account = graph.account if graph else Account(stats.steps, request.seed)
+        for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
+            if graph:
+                chain = graph.advance(chain, watch)
+            else:
+                if stored and k % block == 0:
+                    with watch("verification"):
+                        steps = torch.arange(k, min(k + block, process.num_steps), device=request.seed.device)
+                        noise = normal(request.seed[:, None], steps, chain.state.shape[1], stream=NOISE_STREAM, impl=impl)
+                chain = step_on(chain, request, noise[:, k % block] if stored else None, impl, watch)
+                account.add_step(chain.step, chain.state)
+            stats.count_forward(request.batch, target.forward_batch(request.guided))
+            if (k + 1) % block == 0:
+                under_way.append(Progress(account))
+                # a GPU's last block is looked at while it is at the next
+                if len(under_way) > (1 if request.seed.device.type == "cuda" else 0):
+                    check_finite(under_way.popleft().read(), stats.drafter, process)
+            result.settle_all(k, chain.state)
+        check_finite(Progress(account).read(), stats.drafter, process)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
-
-
-def _account(done: Round, live: Live, stats: SamplingStatistics, request: Request) -> tuple[int, list[int]]:
-    """Enter a round in the statistics, with the loop's one read from the device.
-
-    Returns:
-        How many steps were settled, and the rows of the samples that are not finished.
-    """
-    verified = done.verification
-    flags = torch.stack(
-        (live.index, done.step, done.length, verified.advance, verified.rejected, torch.isfinite(live.state).all(-1)), dim=-1
-    )
-    host = torch.cat((flags.double(), verified.squared_norm.double()), dim=-1).cpu().numpy()
-    index, step, length, advanced, rejected, finite = host[:, :6].astype(np.int64).T
-    squared_norm = host[:, 6:]
-    stats.count_forward(int(length.sum()), request.target.forward_batch(request.guided))
-    stats.draft_calls += 1
-    stats.rounds[index] += 1
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise _non_finite("model", step[row] + advanced[row] - 1, index[row], request.process)
-    column = np.arange(squared_norm.shape[1])
-    accepted = column < (advanced - 1)[:, None]  # [B, W-1]
-    tested = column < (advanced - 1 + rejected)[:, None]
-    broken = tested & ~np.isfinite(squared_norm)
-    if broken.any():
-        row, at = np.argwhere(broken)[0]
-        raise _non_finite(f"drafter {stats.drafter!r}", step[row] + at, index[row], request.process)
-    steps = step[:, None] + column
-    stats.tested += np.bincount(steps[tested], minlength=stats.steps)
-    stats.accepted += np.bincount(steps[accepted], minlength=stats.steps)
-    stats.delta_sum += np.bincount(steps[tested], np.sqrt(squared_norm[tested]), minlength=stats.steps)
-    unfinished = np.flatnonzero(step + advanced < stats.steps)
-    return int(advanced.sum()), unfinished.tolist()
-
-
-def _non_finite(who: str, step: int, sample: int, process: ReverseProcess) -> NonFiniteOutputError:
-    timestep = process.timestep[step].item()
-    return NonFiniteOutputError(
-        f"{who} returned NaN or infinity at step {int(step)} (timestep {timestep}) of sample {int(sample)}"
-    )
 
 
 class _Result:
@@ -277,8 +245,16 @@ class _Result:
             self.trajectory = state.new_empty(request.batch, request.process.num_steps + 1, state.shape[1])
             self.trajectory[:, 0] = state
 
-    def settle(self, done: Round, live: Live) -> None:
-        """Take over the live samples after a round."""
+    @property
+    def watched(self) -> bool:
+        """Whether every state is wanted, not the last ones only."""
+        return self.callback is not None or self.trajectory is not None
+
+    def settle(self, turn: Turn) -> None:
+        """Take over the states of a round, where somebody wants them."""
+        if not self.watched:
+            return
+        live, done = turn.live, turn.done
         self.state[live.index] = live.state
         self.step[live.index] = live.step - 1
         if self.trajectory is not None:
@@ -293,6 +269,8 @@ class _Result:
     def settle_all(self, step: int, state: torch.Tensor) -> None:
         """Take over all samples after the same step."""
         self.state = state
+        if not self.watched:
+            return
         self.step.fill_(step)
         if self.trajectory is not None:
             self.trajectory[:, step + 1] = state
@@ -301,7 +279,8 @@ class _Result:
     def output(self, stats: SamplingStatistics) -> SamplingOutput:
         shape = self.request.sample_shape
         trajectory = None if self.trajectory is None else self.trajectory.unflatten(-1, shape)
-        return SamplingOutput(self.state.unflatten(-1, shape), stats, trajectory)
+        # a copy: the state may be a graph's, which the next call writes to
+        return SamplingOutput(self.state.unflatten(-1, shape).clone(), stats, trajectory)
 
     def _call_back(self) -> None:
         if self.callback is not None:

@@ -7,12 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from free.window import Live, Round
+
 PHASES = ("draft", "target", "verification")
+"""Of a round; one that is captured is a single phase, ``"round"``."""
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -45,16 +49,85 @@ class Stopwatch:
         else:
             begin = time.perf_counter()
             yield
-            self.seconds[phase] += time.perf_counter() - begin
+            self._add(phase, time.perf_counter() - begin)
 
     def finish(self) -> dict[str, float]:
         """Seconds by phase; waits for the device once."""
         if self._events:
             torch.cuda.synchronize()
         for phase, start, end in self._events:
-            self.seconds[phase] += start.elapsed_time(end) / 1e3
+            self._add(phase, start.elapsed_time(end) / 1e3)
         self._events.clear()
         return self.seconds
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class Account:
+    """What the statistics are made of, added up where the samples are: a round is entered without asking the device."""
+
+    def __init__(self, num_steps: int, seed: torch.Tensor) -> None:
+        self.num_steps = num_steps
+        self.progress = torch.zeros(4, len(seed), dtype=torch.int64, device=seed.device)
+        """int64 [4, B]: each sample's step, its rounds, and the first step at which the model, and at which the drafter, was
+        not finite (S where none was).
+        """
+        self.by_step = torch.zeros(num_steps, 3, dtype=torch.float64, device=seed.device)
+        """float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing was done yet."""
+        self.progress[:2].zero_()
+        self.progress[2:].fill_(self.num_steps)
+        self.by_step.zero_()
+
+    def add(self, live: Live, done: Round) -> None:
+        """Enter a round that brought the samples to ``live``."""
+        advance, rejected = done.verification.advance, done.verification.rejected
+        _, rounds, model_broke, drafter_broke = self.progress[:, live.index].unbind()
+        finite = torch.isfinite(live.state).all(-1)
+        model_broke = torch.where(finite, model_broke, torch.minimum(model_broke, live.step - 1))
+        squared_norm = done.verification.squared_norm.double()  # [B, W-1]
+        if squared_norm.shape[1]:
+            column = torch.arange(squared_norm.shape[1], device=advance.device)
+            steps = (done.step[:, None] + column).clamp_(max=self.num_steps - 1)  # [B, W-1]
+            accepted = column < (advance - 1)[:, None]
+            tested = column < (advance - 1 + rejected)[:, None]
+            delta = torch.where(tested, squared_norm.sqrt(), 0.0)
+            entries = torch.stack((tested.double(), accepted.double(), delta), -1)
+            self.by_step.index_add_(0, steps.flatten(), entries.flatten(0, 1))
+            broken = torch.where(torch.isfinite(delta), self.num_steps, steps).amin(-1)
+            drafter_broke = torch.minimum(drafter_broke, broken)
+        self.progress[:, live.index] = torch.stack((live.step, rounds + (done.length > 0), model_broke, drafter_broke))
+
+    def add_step(self, step: torch.Tensor, state: torch.Tensor) -> None:
+        """Enter that the ancestral sampler brought all samples to ``step`` [B] and ``state`` [B, D]."""
+        finite = torch.isfinite(state).all(-1)
+        self.progress[0] = step
+        self.progress[2] = torch.where(finite, self.progress[2], torch.minimum(self.progress[2], step - 1))
+
+
+class Progress:
+    """An account's progress on its way to the host, which waits for it only when it reads it."""
+
+    def __init__(self, account: Account) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        values = account.progress
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._values = values.clone()
+
+    def read(self) -> np.ndarray:
+        """int64 [4, B], rows as in :attr:`Account.progress`."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.numpy()
 
 
 @dataclass
@@ -83,7 +156,7 @@ class SamplingStatistics:
     delta_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """float64 [S]: sum of |delta| over the tests of each step."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Wall seconds in ``draft``, ``target`` and ``verification``."""
+    """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
 
@@ -121,6 +194,12 @@ class SamplingStatistics:
         for first in range(0, states, limit or states):
             self.forwards += 1
             self.forward_batch_sizes[min(limit or states, states - first)] += 1
+
+    def take(self, account: Account) -> None:
+        """Take over what was added up on the device; waits for it."""
+        self.rounds = account.progress[1].cpu().numpy()
+        tested, accepted, self.delta_sum = account.by_step.cpu().numpy().T
+        self.tested, self.accepted = tested.astype(np.int64), accepted.astype(np.int64)
 
     def summary(self) -> str:
         """A short table for people."""

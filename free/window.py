@@ -9,7 +9,7 @@ given all that was decided (FREE, arXiv 2511.20390, supplement B, with noise reu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from free.drafters import Drafter, LastWindow, Situation
 from free.request import Request
 from free.statistics import Stopwatch
 from free.targets.base import TargetOutput, take_rows
+from free.tensors import map_tensors
 from free_kernels import NOISE_STREAM, TEST_STREAM, Verification, normal, uniform, verify
 from free_kernels.dispatch import resolve
 
@@ -28,80 +29,111 @@ class Setup:
 
     request: Request
     drafter: Drafter
-    window: int
+    widest: int
+    """The widest window of any round."""
+    reach: torch.Tensor
+    """int64 [S]: the last step that a window from step k may settle."""
+    static_shapes: bool
+    """Whether each round of as many samples and as wide a window has the same shapes, so that the host need not ask the
+    device which states count. If not, only those are evaluated: on a CPU nothing is gained by more."""
     impl: str
+
+    @classmethod
+    def of(cls, request: Request, drafter: Drafter, window: int, impl: str) -> Setup:
+        """Windows of at most ``window`` states, shapes as the device likes them."""
+        process = request.process
+        # a window ends at a step that is never drafted: the last one, or one without noise
+        return cls(
+            request, drafter, min(window, process.num_steps), process.exact_step, request.seed.device.type == "cuda", impl
+        )
 
 
 @dataclass
 class Live:
-    """The samples that are not finished, B of them, flattened to D numbers each."""
+    """The samples under way, B of them, flattened to D numbers each; with static shapes some of them may be finished."""
 
     index: torch.Tensor
     """int64 [B]: which of the caller's samples each one is."""
     seed: torch.Tensor
     """int64 [B]."""
     step: torch.Tensor
-    """int64 [B]."""
+    """int64 [B]: S for a finished sample."""
     state: torch.Tensor
     """float32 [B, D]."""
     last: LastWindow
+    conditioning: dict[str, Any]
+    """The request's, one row a sample."""
     noise: NoiseWindow | None
     """Kept for the reference operations; the kernels make noise faster than they could read it."""
 
     def keep(self, rows: torch.Tensor) -> Live:
         """The live samples at ``rows`` (int64)."""
-        return _take(self, rows)
+        return map_tensors(self, lambda values: values[rows])
+
+    def clone(self) -> Live:
+        """The same in memory of its own."""
+        return map_tensors(self, torch.clone)
 
 
 @dataclass
 class Round:
     """What a round did, beside moving the samples on."""
 
-    step: torch.Tensor
-    """int64 [B]: where each sample stood before."""
+    situation: Situation
+    """What the drafts leant on."""
     length: torch.Tensor
-    """int64 [B]: states evaluated."""
+    """int64 [B]: states that count; 0 for a finished sample."""
     states: torch.Tensor
     """[B, W, D]: the drafted window."""
+    evaluated: int
+    """States that the target was evaluated at, those that do not count included."""
     verification: Verification
+
+    @property
+    def step(self) -> torch.Tensor:
+        """int64 [B]: where each sample stood before."""
+        return self.situation.step
 
 
 def first_window(setup: Setup, state: torch.Tensor) -> Live:
     """All samples at step 0 in their initial states [B, D], with an empty memory."""
-    seed = setup.request.seed
+    request = setup.request
+    seed = request.seed
     batch, numel = state.shape
     index = torch.arange(batch, device=seed.device)
     step = torch.zeros_like(seed)
-    zeros = state.new_zeros(batch, setup.window, numel)
+    zeros = state.new_zeros(batch, setup.widest, numel)
     feature = None
     if setup.drafter.needs_features:
-        target = setup.request.target
-        feature = zeros.new_zeros(batch, setup.window, *target.check_features(), dtype=target.dtype)
-    last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if setup.request.guided else None, feature)
-    stored = resolve(setup.impl, seed.device) == "reference"
-    noise = NoiseWindow.empty(seed, setup.window, numel) if stored else None
-    return Live(index, seed, step, state, last, noise)
+        tokens, width = request.target.check_features()
+        feature = zeros.new_zeros(batch, setup.widest, tokens, width, dtype=request.target.dtype)
+    last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if request.guided else None, feature)
+    stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
+    noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
+    return Live(index, seed, step, state, last, request.conditioning, noise)
 
 
-def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
-    """One round; moves ``live`` on in place."""
+def advance(live: Live, setup: Setup, window: int, watch: Stopwatch) -> tuple[Live, Round]:
+    """One round of ``window`` states a sample: the samples moved on, and what was done."""
     request, process = setup.request, setup.request.process
-    step = live.step
-    # a window ends at a step that is never drafted: the last one, or one without noise
-    length = (process.exact_step[step] - step + 1).clamp(max=setup.window)  # [B]
+    last_step = process.num_steps - 1
+    step = live.step.clamp(max=last_step)  # a finished sample's is beyond the tables
+    length = (setup.reach[step] - step + 1).clamp(max=window)  # [B]
+    if setup.static_shapes:
+        length = torch.where(live.step > last_step, 0, length)
 
     with watch("draft"):
-        noise, uniforms = live.noise.reach(live.seed, step) if live.noise else (None, None)
+        noise, uniforms = live.noise.reach(live.seed, step, window) if live.noise else (None, None)
         situation = Situation(
             live.state,
             step,
             live.seed,
-            setup.window,
+            window,
             live.last,
             noise,
             process,
             request.target,
-            take_rows(request.conditioning, live.index),
+            live.conditioning,
             request.sample_shape,
             request.guidance_scale,
             setup.impl,
@@ -109,7 +141,7 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
         states, draft_output = setup.drafter.propose(situation)  # [B, W, D], [B, W-1, D]
 
     with watch("target"):
-        output = evaluate(states, step, length, live.index, request)
+        output, evaluated = evaluate(states, step, length, live.conditioning, setup)
 
     with watch("verification"):
         verification = verify(
@@ -126,34 +158,45 @@ def advance(live: Live, setup: Setup, watch: Stopwatch) -> Round:
             uniforms=uniforms,
             impl=setup.impl,
         )
-
-    live.state = verification.next_state
-    live.step = step + verification.advance
-    usable = leading_finite(output).clamp(max=length).clamp_(min=1)
-    live.last = LastWindow(step, usable, states, output.output, output.unconditional, output.feature)
-    return Round(step, length, states, verification)
+        usable = leading_finite(output).clamp(max=length).clamp_(min=1)
+        moved = replace(
+            live,
+            state=verification.next_state,
+            step=live.step + verification.advance,
+            last=LastWindow(step, usable, states, output.output, output.unconditional, output.feature),
+        )
+    return moved, Round(situation, length, states, evaluated, verification)
 
 
 def evaluate(
-    states: torch.Tensor, step: torch.Tensor, length: torch.Tensor, index: torch.Tensor, request: Request
-) -> TargetOutput:
-    """The target at the first ``length`` states of each window, in one forward. Outputs [B, W, D], zeros beyond."""
+    states: torch.Tensor, step: torch.Tensor, length: torch.Tensor, conditioning: dict[str, Any], setup: Setup
+) -> tuple[TargetOutput, int]:
+    """The target at the first ``length`` states of each window, in one forward.
+
+    Returns:
+        Outputs [B, W, D], and how many states were evaluated. Those beyond ``length`` are zero or, with static shapes,
+        evaluated at the last step, and mean nothing.
+    """
+    request = setup.request
     batch, window, _ = states.shape
     column = torch.arange(window, device=step.device)
-    sample = torch.arange(batch, device=step.device).repeat_interleave(window)  # [N], the row of each state
-    steps, flat = (step[:, None] + column).flatten(), states.flatten(0, 1)
-    whole = bool((length == window).all())
-    if not whole:
+    sample = torch.arange(batch, device=step.device)[:, None].expand(-1, window).flatten()  # [N], the row of each state
+    steps = (step[:, None] + column).clamp_(max=request.process.num_steps - 1).flatten()
+    flat, rows = states.flatten(0, 1), None
+    if not setup.static_shapes and not bool((length == window).all()):
         rows = (column < length[:, None]).flatten().nonzero()[:, 0]
         sample, steps, flat = sample[rows], steps[rows], flat[rows]
-    timestep = request.process.timestep[steps]
-    conditioning = take_rows(request.conditioning, index[sample])
-    evaluated = request.target.evaluate(flat.view(-1, *request.sample_shape), timestep, conditioning, request.guided)
+    evaluated = request.target.evaluate(
+        flat.view(-1, *request.sample_shape),
+        request.process.timestep[steps],
+        take_rows(conditioning, sample),
+        request.guided,
+    )
 
     def window_of(values: torch.Tensor | None, flatten_from: int) -> torch.Tensor | None:
         if values is None:
             return None
-        if not whole:
+        if rows is not None:
             padded = values.new_zeros(batch * window, *values.shape[1:])
             padded[rows] = values
             values = padded
@@ -161,7 +204,8 @@ def evaluate(
 
     output = window_of(evaluated.output, 2)
     assert output is not None
-    return TargetOutput(output, window_of(evaluated.unconditional, 2), window_of(evaluated.feature, 3))
+    feature = window_of(evaluated.feature, 3)
+    return TargetOutput(output, window_of(evaluated.unconditional, 2), feature), len(flat)
 
 
 def leading_finite(output: TargetOutput) -> torch.Tensor:
@@ -175,41 +219,43 @@ def leading_finite(output: TargetOutput) -> torch.Tensor:
     return torch.isfinite(total).cumprod(-1).sum(-1)
 
 
-# noise is drawn a few windows ahead while that is little: a call costs more than its numbers when they are few
-_WINDOWS_AHEAD = 4
+# noise is drawn some steps ahead while that is little: a call costs more than its numbers when they are few
+_STEPS_AHEAD = 32
 _NUMBERS_AHEAD = 2**16
 
 
+@dataclass
 class NoiseWindow:
     """The noise and the test uniforms of the steps that each sample has reached, so that none is drawn twice.
 
-    A ring of a fixed number of steps, a few windows: step k of a sample is in slot k % capacity.
+    A ring of a fixed number of steps, the widest window's at least: step k of a sample is in slot k % capacity.
     """
 
-    def __init__(self, noise: torch.Tensor, uniforms: torch.Tensor, drawn: torch.Tensor, window: int) -> None:
-        self.noise = noise  # float32 [B, capacity, D]
-        self.uniforms = uniforms  # float32 [B, capacity]
-        self.drawn = drawn  # int64 [B]: steps below this one are in the ring, or were
-        self.window = window
+    noise: torch.Tensor
+    """float32 [B, capacity, D]."""
+    uniforms: torch.Tensor
+    """float32 [B, capacity]."""
+    drawn: torch.Tensor
+    """int64 [B]: steps below this one are in the ring, or were."""
 
     @classmethod
-    def empty(cls, seed: torch.Tensor, window: int, numel: int) -> NoiseWindow:
-        affordable = _NUMBERS_AHEAD // (len(seed) * window * numel)
-        capacity = window * max(1, min(_WINDOWS_AHEAD, affordable))
+    def empty(cls, seed: torch.Tensor, widest: int, numel: int) -> NoiseWindow:
+        affordable = _NUMBERS_AHEAD // (len(seed) * numel)
+        capacity = max(widest, min(_STEPS_AHEAD, affordable))
         noise = torch.empty(len(seed), capacity, numel, device=seed.device)
-        return cls(noise, torch.empty(len(seed), capacity, device=seed.device), torch.zeros_like(seed), window)
+        return cls(noise, torch.empty(len(seed), capacity, device=seed.device), torch.zeros_like(seed))
 
-    def reach(self, seed: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z and u of steps ``step`` … ``step + W - 1`` of each sample: [B, W, D] and [B, W]."""
+    def reach(self, seed: torch.Tensor, step: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """z and u of steps ``step`` … ``step + window - 1`` of each sample: [B, W, D] and [B, W]."""
         batch, capacity, _ = self.noise.shape
-        if bool((step + self.window > self.drawn).any()):
+        if bool((step + window > self.drawn).any()):
             self._draw(seed, step)
-        slots = (step[:, None] + torch.arange(self.window, device=step.device)) % capacity
+        slots = (step[:, None] + torch.arange(window, device=step.device)) % capacity
         row = torch.arange(batch, device=step.device)[:, None]
         return self.noise[row, slots], self.uniforms[row, slots]
 
     def keep(self, rows: torch.Tensor) -> NoiseWindow:
-        return NoiseWindow(self.noise[rows], self.uniforms[rows], self.drawn[rows], self.window)
+        return map_tensors(self, lambda values: values[rows])
 
     def _draw(self, seed: torch.Tensor, step: torch.Tensor) -> None:
         """Fill the ring up to its capacity from ``step`` on."""
@@ -220,14 +266,3 @@ class NoiseWindow:
         self.noise[row, steps % capacity] = normal(keys, steps, self.noise.shape[2], stream=NOISE_STREAM)
         self.uniforms[row, steps % capacity] = uniform(keys, steps, stream=TEST_STREAM)
         self.drawn = step + capacity
-
-
-def _take(value: Any, rows: torch.Tensor) -> Any:
-    """The rows of every tensor in a dataclass of tensors and such dataclasses."""
-    if isinstance(value, torch.Tensor):
-        return value[rows]
-    if isinstance(value, NoiseWindow):
-        return value.keep(rows)
-    if value is None:
-        return None
-    return type(value)(*(_take(getattr(value, entry.name), rows) for entry in fields(value)))

@@ -123,6 +123,10 @@ class Drafter(ABC):
     name: str = "custom"
     needs_features: bool = False
     """Whether the target's top-block feature is captured for the anchors."""
+    capturable: bool = False
+    """Whether ``propose``, called before with the same process, leaves the host out, so that it may be recorded as a CUDA
+    graph: no read from the device, no random state, nothing that differs from call to call.
+    """
 
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
         """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""

@@ -65,6 +65,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
 
     name = "feature"
     needs_features = True
+    capturable = True
 
     @register_to_config
     def __init__(
@@ -134,7 +135,8 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             base,
             sweeps,
         )
-        return drafter.to(target.device, target.dtype).eval()
+        # diffusers' own `to` warns of every change of dtype
+        return torch.nn.Module.to(drafter, target.device, target.dtype).eval()
 
     def check(self, target: Target) -> None:
         feature_shape = target.check_features()
@@ -214,18 +216,22 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         Returns:
             The output, or with a base what hold-x0's draft misses of it, float32 [N, D]; and the next feature.
         """
-        block = block or self
         feature = anchor.feature if feature is None else feature
-        inputs = self.inputs(state, step, anchor, process)
-        output, next_feature = block(inputs.images, inputs.timestep, inputs.gap, label_embedding, feature)
-        output = output.flatten(1).float()
-        if self.base is not None:
-            # at the anchor's own state the draft is what the target said there: what the block adds to it there is its error
-            same = (anchor.step == step)[:, None]
-            at_anchor = self.inputs(anchor.state, anchor.step, anchor, process)
-            error, _ = block(at_anchor.images, at_anchor.timestep, at_anchor.gap, label_embedding, feature)
-            output = output - torch.where(same, error.flatten(1).float(), 0.0)
-        return output, next_feature
+        assert feature is not None  # the sampler captures it for a drafter that needs it
+        if self.base is None:
+            seen = self.inputs(state, step, anchor, process)
+            output, next_feature = (block or self)(seen.images, seen.timestep, seen.gap, label_embedding, feature)
+            return output.flatten(1).float(), next_feature
+        # at the anchor's own state the draft is what the target said there: what the block adds to it there is its error
+        same = anchor.step == step
+        rows = _rows(same)
+        both = torch.cat((torch.arange(len(state), device=state.device), rows))
+        seen = self.inputs(
+            torch.cat((state, anchor.state[rows])), torch.cat((step, anchor.step[rows])), anchor.take(both), process
+        )
+        output, _ = (block or self)(seen.images, seen.timestep, seen.gap, label_embedding[both], feature[both])
+        output, error = output.flatten(1).float().split((len(state), len(rows)))
+        return output.index_add(0, rows, torch.where(same[rows, None], -error, 0.0)), None
 
     def inputs(self, state: torch.Tensor, step: torch.Tensor, anchor: Anchor, process: ReverseProcess) -> Inputs:
         """What :meth:`forward` sees of states float32 [N, D] at steps int64 [N], anchored at N evaluations."""
@@ -283,3 +289,8 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
                 correction = correction - anchor.hold_x0(state, step, process)
             proposal = hold(situation, "hold-x0", correction.unflatten(0, steps.shape))
         return proposal
+
+
+def _rows(chosen: torch.Tensor) -> torch.Tensor:
+    """Where ``chosen`` bool [N] is true; all rows on a device, which would have to be asked how many there are."""
+    return chosen.nonzero()[:, 0] if chosen.device.type == "cpu" else torch.arange(len(chosen), device=chosen.device)

@@ -20,7 +20,8 @@ class Fresh(Drafter):
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self.name, self.needs_features = f"{drafter.name}, fresh noise", drafter.needs_features
+        self.name = f"{drafter.name}, fresh noise"
+        self.needs_features, self.capturable = drafter.needs_features, drafter.capturable
 
     def check(self, target: Target) -> None:
         self.drafter.check(target)

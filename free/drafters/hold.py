@@ -33,6 +33,8 @@ def hold(situation: Situation, draft: str, correction: torch.Tensor | None = Non
 
 
 class _Hold(Drafter):
+    capturable = True
+
     def propose(self, situation: Situation) -> Proposal:
         return hold(situation, self.name)
 

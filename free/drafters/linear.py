@@ -114,6 +114,7 @@ class LinearDrafter(StepDrafter):
     """
 
     name = "linear"
+    capturable = True
 
     def __init__(
         self, weight: torch.Tensor, timestep: torch.Tensor, sample_shape: Sequence[int], gap_edges: Sequence[int] = ()

@@ -22,6 +22,7 @@ class ModelDrafter(StepDrafter):
 
     def __init__(self, model: Any) -> None:
         self.model = as_target(model)
+        self.capturable = self.model.capturable
 
     def check(self, target: Target) -> None:
         self.model.check_ready()

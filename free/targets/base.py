@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,9 @@ import torch
 
 if TYPE_CHECKING:
     from free.process import ReverseProcess
+
+
+_RECOMPILE_LIMIT = 64
 
 
 @dataclass
@@ -36,6 +39,10 @@ class Target(ABC):
     """Shape of one sample, where the model knows it."""
     feature_shape: tuple[int, int] | None = None
     """(tokens, width) of the top-block feature; None where there is none to capture."""
+    capturable = False
+    """Whether a forward leaves the host out, so that it may be recorded as a CUDA graph: no read from the device, no random
+    state, nothing that differs from call to call.
+    """
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
         if max_forward_batch is not None and max_forward_batch < 1:
@@ -44,6 +51,10 @@ class Target(ABC):
         self.model = model
         self.module = module if isinstance(module, torch.nn.Module) else None
         self.max_forward_batch = max_forward_batch
+        self.compiled = False
+        """Whether it is run within :meth:`compile`."""
+        self.graphs: dict[Hashable, Any] = {}
+        """What :mod:`free.capture` recorded of it."""
         self.check_ready()
 
     def check_ready(self) -> None:
@@ -162,6 +173,37 @@ class Target(ABC):
             ValueError: the model has none.
         """
         raise ValueError(f"the drafter leans on the target's label embedding, and {type(self).__name__} has none")
+
+    @contextmanager
+    def compile(self, **options: Any) -> Iterator[None]:
+        """Within this context the model's forward runs under ``torch.compile(fullgraph=True)``.
+
+        Compiled code stays with the process, so that another context finds it.
+
+        Args:
+            options: further ones of ``torch.compile``.
+
+        Raises:
+            ValueError: the model is no ``torch.nn.Module``.
+        """
+        if self.module is None:
+            raise ValueError(f"compile is True, but model is a {type(self.model).__name__}; allowed is a torch.nn.Module")
+        with ExitStack() as during:
+            # several windows and models: more kinds of shapes than the usual limit allows
+            during.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
+            for module in self._compiled_parts() if self.model is self.module else ():
+                module.forward = torch.compile(module.forward, fullgraph=True, **options)
+                during.callback(module.__dict__.pop, "forward")
+            self.compiled = True
+            try:
+                yield
+            finally:
+                self.compiled = False
+
+    def _compiled_parts(self) -> Sequence[torch.nn.Module]:
+        """Modules whose forwards are compiled, each on its own: repeated ones share the code."""
+        assert self.module is not None
+        return [self.module]
 
 
 def has_rows(value: Any) -> bool:

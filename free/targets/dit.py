@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,8 @@ class DiTTarget(Target):
 
     Without labels every sample is drawn from the null class, ``config.num_embeds_ada_norm``.
     """
+
+    capturable = True
 
     def __init__(
         self,
@@ -99,6 +101,10 @@ class DiTTarget(Target):
             assert self._captured is not None
             feature = self._captured[:rows]
         return TargetOutput(output[:rows], output[rows:] if guided else None, feature)
+
+    def _compiled_parts(self) -> Sequence[torch.nn.Module]:
+        # whole, it would not see the hook of the top block's feature
+        return list(self.transformer.transformer_blocks)
 
     @contextmanager
     def capture_features(self) -> Iterator[None]:

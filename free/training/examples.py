@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
-from free.drafters import Anchor, Drafter, FeatureDrafter, LastWindow, Situation
+from free.drafters import Anchor, FeatureDrafter, LastWindow
 from free.drafters.hold import hold
 from free.process import ReverseProcess
 from free.request import Request
 from free.statistics import Stopwatch
 from free.targets import DiTTarget
 from free.window import Live, Setup, advance, evaluate
-from free_kernels import Proposal, guided, posterior
+from free_kernels import guided, posterior
 
 
 @dataclass
@@ -155,14 +155,13 @@ class _Pool:
     def round(self, drafter: FeatureDrafter, clean: torch.Tensor, labels: torch.Tensor) -> Examples:
         request, process = self.request, self.request.process
         with request.target.capture_features():
-            live = self._begin(clean, labels) if self.live is None else self._begin_again(self.live, labels)
-            watched = _Watched(drafter)
-            done = advance(live, Setup(request, watched, self.window, "auto"), Stopwatch(live.state.device))
-        self.live = live
-        situation, last = watched.situation, live.last
+            setup = Setup.of(request, drafter, self.window, "auto")
+            live = self._begin(setup, clean, labels) if self.live is None else self._begin_again(self.live, labels)
+            self.live, done = advance(live, setup, self.window, Stopwatch(live.state.device))
+        situation, last = done.situation, self.live.last
 
         drafts = self.window - 1
-        column = torch.arange(drafts, device=live.step.device)
+        column = torch.arange(drafts, device=done.step.device)
         steps = (done.step[:, None] + column).clamp(max=process.num_steps - 1)  # [B, W-1]
         rows = (column < (done.length - 1)[:, None]).flatten().nonzero()[:, 0]  # [N], what was drafted
         anchor = situation.anchor(steps).flatten().take(rows)
@@ -177,7 +176,7 @@ class _Pool:
         weight = torch.ones(len(rows), device=seen.device)
         return Examples(process, seen, step, anchor, label_embedding, anchor.feature, wanted, next_feature, weight)
 
-    def _begin(self, clean: torch.Tensor, labels: torch.Tensor) -> Live:
+    def _begin(self, setup: Setup, clean: torch.Tensor, labels: torch.Tensor) -> Live:
         """Noised data at random steps, each with one evaluation to lean on."""
         request, process, size = self.request, self.request.process, len(self.request.seed)
         if len(clean) < size:
@@ -187,9 +186,9 @@ class _Pool:
         clean = clean[:size]
         noised = DDPMScheduler(clip_sample=False).add_noise(clean, torch.randn_like(clean), process.timestep[step].long())
         state, index, one = noised.flatten(1), torch.arange(size, device=step.device), torch.ones_like(step)
-        first = evaluate(state[:, None], step, one, index, request)
+        first, _ = evaluate(state[:, None], step, one, request.conditioning, setup)
         last = LastWindow(step, one, state[:, None], first.output, first.unconditional, first.feature)
-        return Live(index, _draw_seeds(one), step, state, last, None)
+        return Live(index, _draw_seeds(one), step, state, last, request.conditioning, None)
 
     def _begin_again(self, live: Live, labels: torch.Tensor) -> Live:
         """New trajectories where old ones ended: from noise, with nothing to lean on."""
@@ -223,21 +222,9 @@ class _Pool:
         last: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in state["last"].items()}
         self.request.conditioning["class_labels"].copy_(moved["labels"])
         index = torch.arange(len(moved["step"]), device=device)
-        self.live = Live(index, moved["seed"], moved["step"], moved["state"], LastWindow(**last), None)
-
-
-class _Watched(Drafter):
-    """A drafter that remembers what the window it drafted leant on."""
-
-    needs_features = True
-    situation: Situation
-
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
-
-    def propose(self, situation: Situation) -> Proposal:
-        self.situation = situation
-        return self.drafter.propose(situation)
+        self.live = Live(
+            index, moved["seed"], moved["step"], moved["state"], LastWindow(**last), self.request.conditioning, None
+        )
 
 
 def _evaluate(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from free_kernels.checks import check_guidance, check_index, check_values
+from free_kernels.checks import check_drafted, check_guidance, check_index, check_values
 from free_kernels.dispatch import resolve
 from free_kernels.table import StepTable, check_table
 from free_kernels.verify import reference
@@ -24,7 +24,7 @@ class Verification(NamedTuple):
     rejected: torch.Tensor
     """bool [B]: whether the last settled step was a reflection; else it is the exact last step of the window."""
     log_ratio: torch.Tensor
-    """[B, W-1]: log acceptance ratio of each drafted step; beyond the first rejection it decided nothing."""
+    """[B, W-1]: log acceptance ratio of each drafted step, before tau; beyond the first rejection it decided nothing."""
     squared_norm: torch.Tensor
     """[B, W-1]: |delta|² of each drafted step."""
 
@@ -42,6 +42,7 @@ def verify(
     guidance_scale: float = 1.0,
     noise: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
+    tau: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> Verification:
     """Reflection-maximal coupling of each drafted step with the target's, first rejection ends the window.
@@ -49,6 +50,12 @@ def verify(
     Drafted step j is accepted iff ``log u <= log_ratio``, u the uniform of its step; NaN rejects. The first rejected step
     becomes ``target_mean + std * (z - 2 e <e, z>)``; if there is none the last state takes its step from the target,
     ``target_mean + std * z`` (FREE, arXiv 2511.20390, supplement B; De Bortoli et al., arXiv 2501.05370).
+
+    With ``tau`` a step is accepted iff ``log u <= tau * log_ratio``, and a rejected one becomes the same reflection. At
+    tau = 1 the law is the target's, to the bit what it is without tau. Below it the step differs from the exact one of the
+    same z and u only where that one rejects and this one accepts, so its law is at most the extra acceptance,
+    E[min(1, exp(tau * log_ratio)) - min(1, exp(log_ratio))], away from the target's in total variation. At tau = 0 every
+    finite draft is accepted, but not one infinitely far: 0 * -inf is NaN.
 
     Args:
         states: the window [B, W, D], float.
@@ -61,6 +68,8 @@ def verify(
         unconditional_output, guidance_scale: as in :func:`free_kernels.posterior`.
         noise: z [B, W, D] if it is at hand; it must be ``normal(seed, step + j, D)``, which is used when left out.
         uniforms: u [B, W-1] (or more columns) if it is at hand; it must be ``uniform(seed, step + j)``, likewise.
+        tau: [B, W-1] (or more columns), float of any dtype, in [0, 1]. It is the caller who checks the range, as this reads
+            it on the device only; NaN rejects.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -81,10 +90,8 @@ def verify(
     check_guidance(target_output, unconditional_output, guidance_scale)
     if noise is not None:
         check_values("noise", noise, states.shape, states.device)
-    if uniforms is not None:
-        check_values("uniforms", uniforms, (batch, None), states.device)
-        if uniforms.shape[1] < window - 1:
-            raise ValueError(f"uniforms has {uniforms.shape[1]} columns; a window of {window} needs {window - 1}")
+    check_drafted("uniforms", uniforms, (batch, None), window, states.device)
+    check_drafted("tau", tau, (batch, None), window, states.device)
     arguments = (
         states,
         target_output,
@@ -97,6 +104,7 @@ def verify(
         guidance_scale,
         noise,
         uniforms,
+        tau,
     )
     chosen = resolve(
         impl,
@@ -107,6 +115,7 @@ def verify(
         unconditional_output=unconditional_output,
         noise=noise,
         uniforms=uniforms,
+        tau=tau,
     )
     if chosen == "triton":
         from free_kernels.verify import kernel

@@ -34,6 +34,7 @@ def settle_kernel(
     draft_ptr,  # float [B, W-1, D], strides draft_batch, draft_column; not read if W is 1
     noise_ptr,  # float [B, W, D], strides noise_batch, noise_column; not read unless HAS_NOISE
     uniform_ptr,  # float [B, >= W-1], rows uniform_row apart; not read unless HAS_UNIFORMS
+    tau_ptr,  # float [B, >= W-1], rows tau_row apart; not read unless HAS_TAU
     seed_ptr,  # int64 [B]
     step_ptr,  # int64 [B]
     length_ptr,  # int64 [B]
@@ -60,6 +61,7 @@ def settle_kernel(
     noise_batch,
     noise_column,
     uniform_row,
+    tau_row,
     drafts,
     numel,
     num_steps,
@@ -73,6 +75,7 @@ def settle_kernel(
     CLIP: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     HAS_UNIFORMS: tl.constexpr,
+    HAS_TAU: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = COUNTERS * 4
@@ -98,7 +101,10 @@ def settle_kernel(
         else:
             word, _, _, _ = philox_words(seed, seed * 0, step_of, TEST)
             log_u = -0.5 * minus_two_log(open_uniform_scaled(word), 33)
-        accepts = log_u <= log_ratio  # NaN compares false, so it rejects
+        tempered = log_ratio
+        if HAS_TAU:
+            tempered *= tl.load(tau_ptr + sample * tau_row + column, mask=column < drafts, other=1.0).to(tl.float32)
+        accepts = log_u <= tempered  # NaN compares false, so it rejects
         candidate = tl.min(tl.where(accepts | (column >= length - 1), drafts + 1, column), axis=0)
         inner = tl.where(candidate < first, tl.sum(tl.where(column == candidate, sums, 0.0), axis=0), inner)
         squared_norm = tl.where(candidate < first, tl.sum(tl.where(column == candidate, squares, 0.0), axis=0), squared_norm)
@@ -157,6 +163,7 @@ def verify(
     guidance_scale: float,
     noise: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    tau: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """next_state [B, D], advance [B], rejected [B], log_ratio and squared_norm [B, W-1]."""
     call = _verify if eager(states, target_output, draft_output) else _verify_op
@@ -173,6 +180,7 @@ def verify(
         guidance_scale,
         noise,
         uniforms,
+        tau,
     )
 
 
@@ -189,13 +197,17 @@ def _verify(
     guidance_scale: float,
     noise: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    tau: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, window, numel = states.shape
     drafts = window - 1
     states, target = rows_of(states), rows_of(target_output)
     unconditional = None if unconditional_output is None else rows_of(unconditional_output)
     stored = None if noise is None else rows_of(noise)
+    if not drafts:  # nothing is tested: neither is read
+        uniforms = tau = None
     tests = target if uniforms is None else rows_of(uniforms)
+    taus = target if tau is None else rows_of(tau)
     draft = rows_of(draft_output) if drafts else target
     seed, step = seed.contiguous(), step.contiguous()
     chunks, _ = chunks_of(numel)
@@ -224,6 +236,7 @@ def _verify(
             draft,
             stored,
             tests,
+            taus,
             seed,
             step,
             length.contiguous(),
@@ -241,6 +254,7 @@ def _verify(
             *draft.stride()[:2],
             *stored.stride()[:2],
             tests.stride(0),
+            taus.stride(0),
             drafts,
             numel,
             columns[0].shape[0],
@@ -254,6 +268,7 @@ def _verify(
             CLIP=clip_range is not None,
             HAS_NOISE=noise is not None,
             HAS_UNIFORMS=uniforms is not None,
+            HAS_TAU=tau is not None,
             COUNTERS=block // 4,
             enable_fp_fusion=False,
         )
@@ -266,7 +281,7 @@ _verify_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor states, Tensor target_output, Tensor draft_output, Tensor seed, Tensor step, Tensor length, "
     "Tensor[] columns, float? clip_range, Tensor? unconditional_output, float guidance_scale, Tensor? noise, "
-    "Tensor? uniforms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? uniforms, Tensor? tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 

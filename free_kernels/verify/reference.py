@@ -29,6 +29,7 @@ def verify(
     guidance_scale: float,
     noise: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    tau: torch.Tensor | None,
 ) -> Verification:
     from free_kernels.verify import Verification
 
@@ -52,7 +53,8 @@ def verify(
         if uniforms is None:
             uniforms = uniform(seed[:, None], steps[:, :drafts], TEST_STREAM, dtype)
         log_u = uniforms[:, :drafts].to(dtype).log()
-        rejections = ~(log_u <= log_ratio) & (column[:drafts] < last[:, None])  # NaN compares false, so it rejects
+        tempered = log_ratio if tau is None else tau[:, :drafts].to(dtype) * log_ratio
+        rejections = ~(log_u <= tempered) & (column[:drafts] < last[:, None])  # NaN compares false, so it rejects
         rejected, first = rejections.any(-1), rejections.int().argmax(-1)
         last = torch.where(rejected, first, last)  # [B]
     final_noise, final_step = noise[row, last], steps[row, last]

@@ -158,9 +158,18 @@ def test_optional_arguments_of_propose() -> None:
         refuses("propose", rf"^{name} is on meta", **{name: torch.zeros(2, 2, 4, device=META)})
 
 
+def test_optional_arguments_of_verify() -> None:
+    for name in ("uniforms", "tau"):
+        refuses("verify", rf"^{name} has shape \(1, 2\); allowed is \(2, any\)", **{name: torch.zeros(1, 2)})
+        refuses("verify", rf"^{name} has shape \(2,\); allowed", **{name: torch.zeros(2)})
+        refuses("verify", rf"^{name} has dtype torch.int64", **{name: torch.zeros(2, 2).long()})
+        refuses("verify", rf"^{name} is on meta", **{name: torch.zeros(2, 2, device=META)})
+
+
 def test_too_few_columns() -> None:
     refuses("propose", "^correction has 1 columns; a window of 3 needs 2", correction=torch.zeros(2, 1, 4))
     refuses("propose", "^noise has 1 columns; a window of 3 needs 2", noise=torch.zeros(2, 1, 4))
+    refuses("verify", "^tau has 1 columns; a window of 3 needs 2", tau=torch.zeros(2, 1))
     refuses("verify", "^uniforms has 1 columns; a window of 3 needs 2", uniforms=torch.zeros(2, 1))
     refuses("propose", "^window is 0; allowed is 1 or more", window=0)
     refuses("propose", "^draft is 'hold'; known are 'hold-x0', 'hold-output'", draft="hold")

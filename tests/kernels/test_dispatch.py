@@ -81,14 +81,16 @@ def all_operations(
     window = (states[:, 0], seed, step, 3, states, outputs, step, length, process)
     plain = free_kernels.propose(*window, impl=impl)
     proposal = free_kernels.propose(*window, correction=outputs * 0.1, impl=impl)
-    verified = free_kernels.verify(proposal.states, outputs, proposal.draft_output, seed, step, length, process, **half)
+    drafted = (proposal.states, outputs, proposal.draft_output, seed, step, length, process)
+    exact = free_kernels.verify(*drafted, **half)
+    verified = free_kernels.verify(*drafted, tau=states[..., 0].sigmoid(), **half)
     state = free_kernels.posterior(verified.next_state, outputs[:, 0], seed, step, process, impl=impl)
     ratios = free_kernels.acceptance(states, outputs, outputs + 0.01, seed, step, process, **half)
     general = free_kernels.acceptance_from_means(state, state + 1, state - 1, state[:, 0].abs() + 1, impl=impl)
     reflected = free_kernels.householder(state, state + 1, general.inner, general.squared_norm, impl=impl)
     words = free_kernels.philox(seed, step, 2, impl=impl)
     noise, test = free_kernels.normal(seed, step, 5, impl=impl), free_kernels.uniform(seed, step, impl=impl)
-    return (*plain, *proposal, *verified, state, *ratios, *general, reflected, words, noise, test)
+    return (*plain, *proposal, *exact, *verified, state, *ratios, *general, reflected, words, noise, test)
 
 
 def arguments(device: torch.device) -> tuple[Any, ...]:
@@ -125,8 +127,9 @@ def test_registered_operations_keep_their_promises(device: torch.device) -> None
 
     states, outputs, seed, step, process = arguments(device)
     columns = list(mean_columns(process))
-    torch.library.opcheck(
-        kernel._verify_op,
-        (states, outputs, outputs[:, 1:], seed, step, step + 1, columns, None, outputs, 1.5, None, None),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for tau in (None, states[..., 0].sigmoid()):
+        torch.library.opcheck(
+            kernel._verify_op,
+            (states, outputs, outputs[:, 1:], seed, step, step + 1, columns, None, outputs, 1.5, None, None, tau),
+            test_utils=("test_schema", "test_faketensor"),
+        )

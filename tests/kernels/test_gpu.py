@@ -16,7 +16,8 @@ from tests.kernels.helpers import on, table
 pytestmark = pytest.mark.gpu
 
 BATCH, WINDOW, NUMEL = 4, 8, 4096
-CORRECTED = pytest.mark.parametrize("corrected", [False, True])
+FULL = pytest.mark.parametrize("full", [False, True])
+"""With neither or both of the correction and tau."""
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def _no_synchronisation(gpu: torch.device) -> Iterator[None]:
 class Loop:
     """Propose and verify on tensors that stay where they are, as a captured graph needs them."""
 
-    def __init__(self, device: torch.device, corrected: bool = False) -> None:
+    def __init__(self, device: torch.device, full: bool = False) -> None:
         self.process: StepTable = on(device, table(50))
         self.state = helpers.normal(BATCH, NUMEL).to(device)
         self.states, self.output, self.unconditional = (
@@ -44,7 +45,8 @@ class Loop:
         self.seed = torch.arange(BATCH, device=device)
         self.step = torch.arange(BATCH, device=device) * 3
         self.length = torch.full((BATCH,), WINDOW, device=device)
-        self.correction = 0.01 * self.output if corrected else None
+        self.correction = 0.01 * self.output if full else None
+        self.tau = torch.linspace(0, 1, WINDOW, device=device).expand(BATCH, -1) if full else None
 
     def run(self, impl: str = "auto") -> tuple[Proposal, Verification]:
         guidance = {"guidance_scale": 1.5, "impl": impl}
@@ -71,15 +73,16 @@ class Loop:
             self.length,
             self.process,
             unconditional_output=self.unconditional,
+            tau=self.tau,
             **guidance,
         )
         return proposal, verification
 
 
 @pytest.mark.usefixtures("_no_synchronisation")
-@CORRECTED
-def test_a_round_never_waits_for_the_device(gpu: torch.device, corrected: bool) -> None:
-    loop = Loop(gpu, corrected)
+@FULL
+def test_a_round_never_waits_for_the_device(gpu: torch.device, full: bool) -> None:
+    loop = Loop(gpu, full)
     loop.run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -88,9 +91,9 @@ def test_a_round_never_waits_for_the_device(gpu: torch.device, corrected: bool) 
     loop.run()
 
 
-@CORRECTED
-def test_a_captured_graph_follows_seeds_and_steps(gpu: torch.device, corrected: bool) -> None:
-    loop = Loop(gpu, corrected)
+@FULL
+def test_a_captured_graph_follows_seeds_and_steps(gpu: torch.device, full: bool) -> None:
+    loop = Loop(gpu, full)
     loop.run()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

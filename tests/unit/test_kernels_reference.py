@@ -349,6 +349,7 @@ def verified_by_hand(
     step: int,
     length: int,
     table: StepTable,
+    tau: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int, bool]:
     """One sample's window in the words of the design: next state, advance, rejected."""
     if length == 0:
@@ -362,7 +363,8 @@ def verified_by_hand(
             return target_mean + table.std[k] * z, length, False
         delta = (mean_of(states[j], y_draft[j], k, table) - target_mean) / table.std[k]
         u = float(uniform(key, torch.tensor(k), stream=TEST_STREAM, dtype=torch.float64))
-        if not math.log(u) <= float(-(z * delta).sum() - (delta * delta).sum() / 2):
+        log_ratio = float(-(z * delta).sum() - (delta * delta).sum() / 2)
+        if not math.log(u) <= (log_ratio if tau is None else float(tau[j]) * log_ratio):
             e = delta / delta.norm()
             return target_mean + table.std[k] * (z - 2 * e * (e @ z)), j + 1, True
     raise AssertionError("unreachable")
@@ -408,6 +410,73 @@ def test_verify_is_the_round_of_the_design(table: StepTable, guidance: float | N
             torch.testing.assert_close(getattr(again, name), getattr(got, name), **CLOSE)
     if window > 1:  # and they are what decides
         assert not verify(states, y, y_draft, seed, step, length, table, uniforms=uniforms * 1e-300, **given).rejected.any()
+
+
+@TABLES
+def test_verify_with_tau_relaxes_the_test_and_nothing_else(table: StepTable) -> None:
+    batch, window = 200, 4
+    states, y = randn(batch, window, D, seed=1), randn(batch, window, D, seed=2)
+    y_draft = y[:, :-1] + 0.3 * randn(batch, window - 1, D, seed=3)
+    seed, step, length = torch.arange(batch), torch.arange(batch) % 3, torch.arange(batch) % (window + 1)
+    tau = torch.rand(batch, window, generator=torch.Generator().manual_seed(4))  # as the caller holds it, a column too many
+    exact = verify(states, y, y_draft, seed, step, length, table)
+    got = verify(states, y, y_draft, seed, step, length, table, tau=tau)
+    for row in range(batch):
+        expected = verified_by_hand(
+            states[row], y[row], y_draft[row], row, int(step[row]), int(length[row]), table, tau[row]
+        )
+        torch.testing.assert_close(got.next_state[row], expected[0], rtol=1e-8, atol=1e-8)
+        assert (int(got.advance[row]), bool(got.rejected[row])) == expected[1:]
+    assert torch.equal(got.log_ratio, exact.log_ratio)
+    assert torch.equal(got.squared_norm, exact.squared_norm)
+    assert (got.advance >= exact.advance).all()
+    assert (got.advance > exact.advance).sum() > 5
+    assert got.rejected.sum() > 15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tau_of_one_is_exact_to_the_bit(dtype: torch.dtype) -> None:
+    table, window, batch = small_table(S), 4, 60
+    states, y = randn(batch, window, D, seed=1), randn(batch, window, D, seed=2)
+    y_draft = y[:, :-1] + 0.3 * randn(batch, window - 1, D, seed=3)
+    y_draft[0, 1], y_draft[1, 1], y_draft[2, 1] = torch.nan, torch.inf, 1e200
+    rest = (torch.arange(batch), torch.arange(batch) % 3, torch.full((batch,), window), table)
+    got = verify(states, y, y_draft, *rest, tau=torch.ones(batch, window - 1, dtype=dtype))
+    for mine, theirs in zip(got, verify(states, y, y_draft, *rest), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert 0 < got.rejected.sum() < batch
+
+
+def test_tau_of_zero_accepts_what_is_finite() -> None:
+    """Not NaN, not a draft infinitely far; and a tau that is NaN rejects even an exact draft."""
+    table, window = small_table(S), 3
+    states, y = randn(6, window, D, seed=1), randn(6, window, D, seed=2)
+    y_draft = y[:, :-1] + 50.0
+    y_draft[1, 1, 3], y_draft[2, 1, 3], y_draft[3, 1, 3], y_draft[4, 1, 3] = torch.nan, torch.inf, -torch.inf, 1e200
+    y_draft[5] = y[5, :-1]
+    tau = torch.zeros(6, window - 1)
+    tau[5, 1] = torch.nan
+    seed, step = torch.arange(6), torch.ones(6, dtype=torch.int64)
+    got = verify(states, y, y_draft, seed, step, torch.full((6,), window), table, tau=tau)
+    assert got.rejected.tolist() == [False, True, True, True, True, True]
+    assert got.advance.tolist() == [window, 2, 2, 2, 2, 2]
+    assert torch.isfinite(got.next_state).all()
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.8, 1.0])
+def test_relaxed_acceptance_has_its_closed_form(tau: float) -> None:
+    """E[a_tau] = Phi(-d/2) + exp(tau (tau - 1) d²/2) Phi(d/2 - tau d), d = |delta|; 2 Phi(-d/2) at tau = 1 (eq. 40)."""
+    table, batch, distance = small_table(S), 40_000, 1.5
+    y = torch.zeros(batch, 2, D, dtype=torch.float64)
+    y_draft = y[:, :1] + distance * float(table.std[1] / table.model_coef[1]) / math.sqrt(D)
+    rest = (torch.arange(batch), torch.ones(batch, dtype=torch.int64), torch.full((batch,), 2), table)
+    got = verify(y, y, y_draft, *rest, tau=torch.full((batch, 1), tau))
+    torch.testing.assert_close(got.squared_norm, torch.full_like(got.squared_norm, distance**2), **CLOSE)
+    phi = torch.distributions.Normal(0.0, 1.0).cdf
+    edges = phi(torch.tensor([-distance / 2, distance / 2 - tau * distance], dtype=torch.float64))
+    expected = float(edges[0] + math.exp(tau * (tau - 1) * distance**2 / 2) * edges[1])
+    slack = 5 * math.sqrt(expected * (1 - expected) / batch) + 1e-12
+    assert abs(float((~got.rejected).double().mean()) - expected) < slack
 
 
 def test_verify_of_exact_drafts_is_the_ancestral_update() -> None:

@@ -41,7 +41,7 @@ def test_noise_is_that_of_seed_and_step_and_is_drawn_once(monkeypatch: pytest.Mo
     seed, step = torch.tensor([7, -3, 2**62]), torch.zeros(3, dtype=torch.int64)
     noise = NoiseWindow.empty(seed, window, numel)
     for turn in range(25):
-        z, u = noise.reach(seed, step)
+        z, u = noise.reach(seed, step, window)
         steps = step[:, None] + torch.arange(window)
         assert torch.equal(z, normal(seed[:, None], steps, numel, stream=NOISE_STREAM))
         assert torch.equal(u, uniform(seed[:, None], steps, stream=TEST_STREAM))

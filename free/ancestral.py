@@ -1,0 +1,66 @@
+"""One step of the ancestral sampler, all samples in lockstep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from free.request import Request
+from free.statistics import Stopwatch
+from free.tensors import map_tensors
+from free_kernels import posterior
+
+
+@dataclass
+class Chain:
+    """B samples, flattened to D numbers each."""
+
+    seed: torch.Tensor
+    """int64 [B]."""
+    step: torch.Tensor
+    """int64 [B], the same for all: steps taken."""
+    state: torch.Tensor
+    """float32 [B, D]."""
+    conditioning: dict[str, Any]
+    """The request's."""
+
+    @classmethod
+    def begin(cls, request: Request) -> Chain:
+        """All samples in their initial states."""
+        return cls(request.seed, torch.zeros_like(request.seed), request.initial_state(), request.conditioning)
+
+    def clone(self) -> Chain:
+        return map_tensors(self, torch.clone)
+
+
+def step_on(chain: Chain, request: Request, noise: torch.Tensor | None, impl: str, watch: Stopwatch) -> Chain:
+    """One forward, one step (Ho et al. 2020, algorithm 2).
+
+    Args:
+        chain: where the samples are.
+        request: of the same samples.
+        noise: z [B, D] of this step if it is at hand.
+        impl: of the operations.
+        watch: for the phases.
+    """
+    process = request.process
+    step = chain.step.clamp(max=process.num_steps - 1)
+    with watch("target"):
+        output = request.target.evaluate(
+            chain.state.view(-1, *request.sample_shape), process.timestep[step], chain.conditioning, request.guided
+        )
+    with watch("verification"):
+        state = posterior(
+            chain.state,
+            output.output.flatten(1),
+            chain.seed,
+            step,
+            process.table,
+            unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
+            guidance_scale=request.guidance_scale,
+            noise=noise,
+            impl=impl,
+        )
+    return replace(chain, step=chain.step + 1, state=state)

@@ -1,0 +1,104 @@
+"""Rounds until every sample is finished: their account, what the host reads of it, and the samples that leave."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from free.capture import Graphs
+from free.process import ReverseProcess
+from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
+from free.window import Live, Round, Setup, advance, first_window
+
+
+class NonFiniteOutputError(FloatingPointError, ValueError):
+    """A model returned NaN or infinity; the message names the step and the sample."""
+
+
+@dataclass
+class Turn:
+    """A round, as those who watch the loop see it."""
+
+    live: Live
+    """After the round, the samples that it finished included."""
+    done: Round
+    step: np.ndarray
+    """int64 [B]: steps that each sample has settled, as far as the host knows."""
+    rounds: np.ndarray
+    """int64 [B]: likewise the rounds."""
+
+
+def rounds(
+    setup: Setup,
+    state: torch.Tensor,
+    account: Account,
+    stats: SamplingStatistics,
+    watch: Stopwatch,
+    lag: int = 0,
+    graphs: Graphs | None = None,
+) -> Iterator[Turn]:
+    """Go from the initial states to the samples.
+
+    The host knows how the samples fared ``lag`` rounds ago: with one it prepares a round while the device is at the one
+    before, and neither waits for the other. It reads what is under way at once where that may have been the last round.
+
+    Args:
+        setup: what is asked for.
+        state: float32 [B, D], the initial states; the samples are written into it as they are finished.
+        account: of the same samples, empty.
+        stats: where forwards are counted.
+        watch: for the phases of a round.
+        lag: rounds; 0 reads each before the next.
+        graphs: the same setup's captured rounds, if they are to be replayed; ``account`` is then theirs.
+
+    Raises:
+        NonFiniteOutputError: a step that depends on NaN or infinity.
+    """
+    num_steps = setup.request.process.num_steps
+    live = first_window(setup, state.clone())
+    under_way: deque[tuple[int, Progress]] = deque()
+    known = np.zeros((4, setup.request.batch), np.int64)
+    while (known[0] < num_steps).any():
+        if graphs is not None:
+            live, done = graphs.advance(live, setup.widest, watch)
+        else:
+            live, done = advance(live, setup, setup.widest, watch)
+            account.add(live, done)
+        stats.draft_calls += 1
+        stats.count_forward(done.evaluated, setup.request.target.forward_batch(setup.request.guided))
+        under_way.append((done.states.shape[1], Progress(account)))
+        while len(under_way) > lag or (under_way and _may_be_finished(known[0], under_way, num_steps)):
+            known = under_way.popleft()[1].read()
+            check_finite(known, stats.drafter, setup.request.process)
+        yield Turn(live, done, known[0], known[1])
+        rows = _rows_to_keep(int((known[0] < num_steps).sum()), len(live.index), setup.static_shapes)
+        if rows < len(live.index):
+            state[live.index] = live.state
+            live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
+
+
+def check_finite(known: np.ndarray, drafter: str, process: ReverseProcess) -> None:
+    """Raise the error of the first step that was not finite, if there was one."""
+    broke = known[2:]
+    who, sample = np.unravel_index(np.argmin(broke), broke.shape)
+    step = int(broke[who, sample])
+    if step < process.num_steps:
+        name = f"drafter {drafter!r}" if who else "model"
+        timestep = process.timestep[step].item()
+        raise NonFiniteOutputError(
+            f"{name} returned NaN or infinity at step {step} (timestep {timestep}) of sample {sample}"
+        )
+
+
+def _may_be_finished(step: np.ndarray, under_way: deque[tuple[int, Progress]], num_steps: int) -> bool:
+    """Whether the rounds under way can have settled all that was left: another one might be for nothing."""
+    return int(step.min()) + sum(window for window, _ in under_way) >= num_steps
+
+
+def _rows_to_keep(unfinished: int, rows: int, static_shapes: bool) -> int:
+    """The unfinished samples; with static shapes as many as the power of two that holds them, so that shapes are few."""
+    return min(rows, 1 << (unfinished - 1).bit_length()) if static_shapes and unfinished else unfinished

@@ -1,0 +1,136 @@
+"""What only a GPU can show of the samplers: rounds that wait for nothing, and graphs that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+import free
+from free.capture import Graphs
+from free.drafters import as_drafter
+from free.loop import rounds
+from free.request import check_request
+from free.statistics import Account, SamplingStatistics, Stopwatch
+from free.window import Setup
+from tests.analytic import ElementwiseTarget
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def _default_sync_mode() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def target(make_dit: Callable[..., DiTTransformer2DModel]) -> free.DiTTarget:
+    return free.DiTTarget(make_dit().cuda().bfloat16())
+
+
+@pytest.mark.usefixtures("_default_sync_mode")
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("drafter", ["hold-x0", "linear"])
+@torch.no_grad()
+def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int, captured: bool) -> None:
+    process = free.ReverseProcess.ddpm(60)
+    request = check_request(
+        target, class_labels=[0, 1, 2], conditioning=None, num_samples=None, shape=None, process=process,
+        num_inference_steps=60, guidance_scale=1.5, seed=0, generator=None, latents=None, impl="auto",
+        callback_on_step_end=None,
+    )  # fmt: skip
+    linear = free.LinearDrafter(torch.full((60, 3), 0.5), process.timestep, (2, 8, 8))
+    setup = Setup.of(request, linear if drafter == "linear" else as_drafter(drafter), window, "auto")
+    assert setup.static_shapes
+    stats = SamplingStatistics(60, window, drafter, torch.zeros(3, dtype=torch.int64).numpy())
+    for turn_number in range(2):  # the first run compiles kernels and records graphs of every batch size
+        graphs = Graphs.of(setup) if captured else None
+        account = graphs.account if graphs else Account(60, request.seed)
+        state = request.initial_state()
+        watch = Stopwatch(request.seed.device)
+        torch.cuda.synchronize()
+        if turn_number:
+            torch.cuda.set_sync_debug_mode("error")
+            with pytest.raises(RuntimeError):
+                state.sum().item()  # the mode does see one
+        for _ in rounds(setup, state, account, stats, watch, 1, graphs):
+            pass
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.isfinite(state).all()
+
+
+@pytest.mark.parametrize("window", [1, 4, 8])
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
+def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: int) -> None:
+    """Elementwise, so that the shapes that batches shrink through do not matter."""
+    target = free.as_target(ElementwiseTarget())
+    for seed in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
+        common: dict[str, Any] = {
+            "latents": torch.full((5, 4, 8, 8), 0.5, device="cuda"),
+            "num_inference_steps": 50,
+            "seed": seed,
+            "window": window,
+        }
+        eager = free.speculative_sample(target, drafter, capture=False, **common)
+        captured = free.speculative_sample(target, drafter, capture=True, **common)
+        assert torch.equal(captured.samples, eager.samples)
+        for name in ("rounds", "tested", "accepted"):
+            assert getattr(captured.stats, name).tolist() == getattr(eager.stats, name).tolist()
+        assert captured.stats.seconds["round"] > 0
+
+
+def test_the_captured_ancestral_sampler_equals_the_eager_one(target: free.DiTTarget) -> None:
+    for seed in (1, 2):
+        common: dict[str, Any] = {"class_labels": [1, 2], "guidance_scale": 1.5, "num_inference_steps": 20, "seed": seed}
+        eager = free.ancestral_sample(target, capture=False, **common)
+        captured = free.ancestral_sample(target, capture=True, **common)
+        torch.testing.assert_close(captured.samples, eager.samples, rtol=1e-2, atol=1e-2)
+        first = captured.samples.clone()
+        free.ancestral_sample(target, capture=True, **{**common, "seed": 9})
+        assert torch.equal(captured.samples, first)  # the result is not the graph's own memory
+
+
+def test_conditioning_follows_into_a_kept_graph(target: free.DiTTarget) -> None:
+    common: dict[str, Any] = {"guidance_scale": 1.5, "num_inference_steps": 20, "seed": 1, "capture": True}
+    first = free.speculative_sample(target, class_labels=[1, 2], **common).samples
+    other = free.speculative_sample(target, class_labels=[3, 4], **common).samples
+    assert len(target.graphs) == 1
+    assert not torch.equal(first, other)
+    assert torch.equal(free.speculative_sample(target, class_labels=[1, 2], **common).samples, first)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+def test_compiled_and_captured(target: free.DiTTarget, guidance_scale: float) -> None:
+    common: dict[str, Any] = {"class_labels": [1, 2], "guidance_scale": guidance_scale, "num_inference_steps": 12, "seed": 1}
+    for sample in (free.ancestral_sample, free.speculative_sample):
+        out = sample(target, compile=True, capture=True, **common)
+        assert torch.isfinite(out.samples).all()
+    # per step the compiled model is the model up to its rounding
+    eager = free.ancestral_sample(target, **common).samples
+    torch.testing.assert_close(free.ancestral_sample(target, compile=True, **common).samples, eager, rtol=0.1, atol=0.1)
+
+
+def test_auto_captures_what_is_known_to_leave_the_host_out(target: free.DiTTarget) -> None:
+    common: dict[str, Any] = {"num_inference_steps": 8, "seed": 1}
+    assert "round" in free.speculative_sample(target, class_labels=[1], **common).stats.seconds
+    latents = torch.zeros(1, 4, device="cuda")
+    plain = free.speculative_sample(ElementwiseTarget(), latents=latents, **common)
+    assert "round" not in plain.stats.seconds
+
+
+def test_nan_is_named_by_a_captured_run_too() -> None:
+    process = free.ReverseProcess.ddpm(30)
+    timestep_of_9 = process.timestep[9].item()
+
+    def broken(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.where((timestep == timestep_of_9)[:, None], torch.nan, ElementwiseTarget()(x, timestep))
+
+    latents = torch.zeros(2, 4, device="cuda")
+    for sample in (free.ancestral_sample, free.speculative_sample):
+        with pytest.raises(free.NonFiniteOutputError, match=r"model returned NaN or infinity at step 9 "):
+            sample(broken, process=process, latents=latents, seed=[1, 2], capture=True)
