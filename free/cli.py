@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
     demo.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
     demo.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
-    demo.add_argument("--drafter", default="hold-x0", help="hold-x0 or hold-output")
+    demo.add_argument("--drafter", default="hold-x0", help="hold-x0, hold-output, or the folder of a learned one")
     demo.add_argument("--per-class", type=_positive, default=1, help="samples of each class")
     demo.add_argument("--seed", type=int, default=0, help="seed of the first sample")
     demo.add_argument("--output", type=Path, default=Path("free-dit-demo.png"), help="where the picture goes")
@@ -127,7 +127,11 @@ def _add_compare(commands: Any) -> None:
         "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
     )
     compare.add_argument(
-        "--drafters", nargs="+", default=["hold-x0", "hold-output"], metavar="DRAFTER", help="names, or folders of calibrate"
+        "--drafters",
+        nargs="+",
+        default=["hold-x0", "hold-output"],
+        metavar="DRAFTER",
+        help="names, or folders of learned ones",
     )
     compare.add_argument("--windows", nargs="+", type=_positive, default=[2, 4, 8, 16, 32, 64], metavar="W", help="windows")
     compare.add_argument("--steps", nargs="+", type=_positive, default=[50, 250], metavar="S", help="denoising steps")

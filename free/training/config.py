@@ -41,7 +41,7 @@ class DrafterTrainingConfig:
     output_dir: str = field(metadata={"help": "where the drafter, its checkpoints and its log go"})
     pretrained_model_name_or_path: str | None = _option(
         None,
-        "folder of a saved DiTTransformer2DModel or DiTPipeline, or a pipeline's name on the hub; the digits DiT if left out",
+        "folder of a saved DiTTransformer2DModel or DiTPipeline, or a pipeline's name; the digits DiT if left out",
     )
     dataset: str | None = _option(None, "built-in data, instead of a folder", BUILT_IN)
     train_data_dir: str | None = _option(None, "folder of images, a sub-folder for each class in sorted order")

@@ -197,7 +197,7 @@ class Rows:
         self.first, self.process, self.processes = first, process, processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch, number, order = self.first, -1, np.empty(0)
+        batch, number, order = self.first, -1, np.arange(0)
         while True:
             begin = (batch * self.processes + self.process) * self.batch_size
             rows = []

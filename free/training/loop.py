@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from free.compare import fingerprint, load_target
 from free.drafters import FeatureDrafter
-from free.process import ReverseProcess
 from free.targets import DiTTarget, as_target
 from free.training.checkpoint import Checkpoints, random_state, set_random_state
 from free.training.config import DrafterTrainingConfig, continued
@@ -62,7 +61,7 @@ class _Run:
         self.target, vae = _load_model(config, model)
         scheduler = self.target.scheduler
         self.scheduler = None if scheduler is None else DDPMScheduler.from_config(scheduler.config)
-        self.target.transformer.to(accelerator.device, _PRECISION[config.mixed_precision])
+        self.target.transformer.to(accelerator.device).type(_PRECISION[config.mixed_precision])
         self.processes = [self.target.default_process(n).to(accelerator.device) for n in config.num_inference_steps]
         self.data = self._open_data(None if vae is None else vae.eval().to(accelerator.device))
 
@@ -74,7 +73,10 @@ class _Run:
             self.drafter.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
         )
         self.schedule = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
         )
         self.block, self.optimizer = accelerator.prepare(self.drafter, optimizer)
         # each process meets noise of its own
@@ -262,7 +264,7 @@ class _Run:
             saved = FeatureDrafter(**settings)
         with self._averaged():
             saved.load_state_dict(self.drafter.state_dict())
-        saved.to(dtype=getattr(torch, self.config.save_dtype)).save_pretrained(folder)
+        saved.type(getattr(torch, self.config.save_dtype)).save_pretrained(folder)
 
     def _make_sources(self, unroll: int) -> list[Source]:
         """A new source of examples for each process."""
@@ -350,6 +352,8 @@ def _load_model(config: DrafterTrainingConfig, model: Any) -> tuple[DiTTarget, A
     vae = None
     if config.train_data_dir is not None:
         if config.vae is not None:
+            from diffusers import AutoencoderKL
+
             vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
         else:
             vae = getattr(model, "vae", None)
@@ -362,5 +366,7 @@ def _load_pretrained(name: str | None) -> Any:
         return load_target(folder)
     # a folder that is not there may be a name on the hub
     if folder.is_dir() or folder.as_posix().count("/") == 1:
+        from diffusers import DiTPipeline
+
         return DiTPipeline.from_pretrained(name, use_safetensors=True)
     return load_target(folder)

@@ -44,9 +44,7 @@ def expected_rounds(accepted: np.ndarray, exact_step: Sequence[int], window: int
 
 
 @torch.no_grad()
-def predicted_efficiency(
-    drafter: FeatureDrafter, draws: Iterable[Examples], process: ReverseProcess, window: int
-) -> float:
+def predicted_efficiency(drafter: FeatureDrafter, draws: Iterable[Examples], process: ReverseProcess, window: int) -> float:
     """S over the expected rounds, from |delta| by step of fresh examples of ``process``."""
     steps, shares = [], []
     for examples in draws:
