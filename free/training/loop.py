@@ -191,7 +191,8 @@ class _Run:
     def _efficiencies(self) -> dict[str, float]:
         config, logged = self.config, {}
         fresh = self._batches(first=0, seed=config.seed + 1)
-        for source, process in zip(self._make_sources(unroll=config.window - 1), self.processes, strict=True):
+        drafts = min(config.window - 1, *(process.num_steps - 2 for process in self.processes))
+        for source, process in zip(self._make_sources(unroll=drafts), self.processes, strict=True):
             steps = process.num_steps
             draws = (self._draw(source, *next(fresh)) for _ in range(_VALIDATION_BATCHES))
             logged[f"predicted efficiency S={steps}"] = predicted_efficiency(self.drafter, draws, process, config.window)
@@ -280,7 +281,7 @@ class _Run:
                 self.target,
                 process,
                 config.guidance_scale,
-                unroll=min(unroll, process.num_steps - 1),
+                unroll=unroll,
                 depth_weight=config.depth_weight,
                 scheduler=self.scheduler,
             )

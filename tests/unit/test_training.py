@@ -108,6 +108,17 @@ def test_delta_is_that_of_the_acceptance_test() -> None:
     torch.testing.assert_close(terms["loss"], expected.square().log1p().mean())
 
 
+def test_the_last_step_is_no_example() -> None:
+    target = free.as_target(tiny_dit())
+    process = target.default_process(4)
+    drafter, source = free.FeatureDrafter.from_target(target), NoisedPairs(target, process, 1.5, unroll=2)
+    examples = source.draw(drafter, torch.randn(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
+    assert set(examples.step.tolist()) == {1, 2}
+    assert torch.isfinite(drafter_loss(drafter, examples)["loss"])
+    with pytest.raises(ValueError, match="unroll is 3; allowed is 1 … 2, the process has 4 steps"):
+        NoisedPairs(target, process, 1.5, unroll=3)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_labels_are_dropped_before_the_target_sees_them(
     dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
