@@ -11,39 +11,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 
 from free.training import TargetTrainingConfig, train_target
+from free.training.data import PATCH, PHOTOGRAPHS, draw_patches, photographs
 
-PATCH = 32
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
 WEIGHTS = Path(__file__).parent / "weights" / "photo_dit"
 CONFIG = TargetTrainingConfig(num_steps=4000, batch_size=64, learning_rate=8e-4)
-
-
-def photographs() -> list[torch.Tensor]:
-    """The source photographs at half size, float32 [3, height, width] in [-1, 1], in the order of :data:`PHOTOGRAPHS`."""
-    from skimage import data
-    from sklearn.datasets import load_sample_image
-
-    images = [getattr(data, name)() for name in PHOTOGRAPHS[:4]]
-    images += [load_sample_image(f"{name}.jpg") for name in PHOTOGRAPHS[4:]]
-    scaled = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0 for image in images]
-    return [torch.nn.functional.avg_pool2d(image, 2) for image in scaled]
-
-
-def draw_patches(images: list[torch.Tensor], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``size`` random patches, mirrored half of the time: float32 [size, 3, 32, 32] and labels int64 [size]."""
-    labels = torch.randint(len(images), (size,))
-    patches = []
-    for label in labels.tolist():
-        _, height, width = images[label].shape
-        top, left = int(torch.randint(height - PATCH + 1, ())), int(torch.randint(width - PATCH + 1, ()))
-        patch = images[label][:, top : top + PATCH, left : left + PATCH]
-        patches.append(patch.flip(-1) if torch.rand(()) < 0.5 else patch)
-    return torch.stack(patches), labels
 
 
 def untrained() -> DiTTransformer2DModel:

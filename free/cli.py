@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
     demo.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
     demo.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
-    demo.add_argument("--drafter", default="hold-x0", help="hold-x0 or hold-output")
+    demo.add_argument("--drafter", default="hold-x0", help="hold-x0, hold-output, or the folder of a learned one")
     demo.add_argument("--per-class", type=_positive, default=1, help="samples of each class")
     demo.add_argument("--seed", type=int, default=0, help="seed of the first sample")
     demo.add_argument("--output", type=Path, default=Path("free-dit-demo.png"), help="where the picture goes")
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--seed", type=int, default=0, help="seed of the trajectories")
     calibrate.set_defaults(run=_calibrate)
     _add_compare(commands)
+    _add_train_drafter(commands)
     return parser
 
 
@@ -126,7 +127,11 @@ def _add_compare(commands: Any) -> None:
         "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
     )
     compare.add_argument(
-        "--drafters", nargs="+", default=["hold-x0", "hold-output"], metavar="DRAFTER", help="names, or folders of calibrate"
+        "--drafters",
+        nargs="+",
+        default=["hold-x0", "hold-output"],
+        metavar="DRAFTER",
+        help="names, or folders of learned ones",
     )
     compare.add_argument("--windows", nargs="+", type=_positive, default=[2, 4, 8, 16, 32, 64], metavar="W", help="windows")
     compare.add_argument("--steps", nargs="+", type=_positive, default=[50, 250], metavar="S", help="denoising steps")
@@ -165,6 +170,28 @@ def _compare(arguments: argparse.Namespace) -> None:
     from free.compare import compare
 
     compare(**{name: value for name, value in vars(arguments).items() if name != "run"})
+
+
+def _add_train_drafter(commands: Any) -> None:
+    from free.training.config import add_arguments
+
+    train = commands.add_parser(
+        "train-drafter",
+        help="train a learned drafter for a DiT",
+        description="Trains a FeatureDrafter for a frozen DiT and saves it. `accelerate launch -m free.cli train-drafter …` "
+        "runs it on several GPUs. --base none --states noised is the paper's training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_arguments(train)
+    train.set_defaults(run=_train_drafter)
+
+
+def _train_drafter(arguments: argparse.Namespace) -> None:
+    from free.training import DrafterTrainingConfig, train_drafter
+
+    config = DrafterTrainingConfig(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    train_drafter(config)
+    print(f"drafter: {config.output_dir}")
 
 
 def _positive(text: str) -> int:

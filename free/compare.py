@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from free.drafters import Drafter, LinearDrafter, Situation, as_drafter
+from free.drafters import Drafter, FeatureDrafter, LinearDrafter, Situation, as_drafter
 from free.loop import rounds
 from free.process import VARIANCES, ReverseProcess
 from free.quality import Judge, load_data
@@ -183,7 +183,7 @@ def compare(
     for scale in guidance_scales:
         if not 1 <= scale < float("inf"):
             raise ValueError(f"guidance_scales holds {scale}; allowed is 1 (no guidance) or more")
-    chosen = [drafter_of(word) for word in drafters]
+    chosen = [drafter_of(word, default_device()) for word in drafters]
     relaxations = [Relaxation(strength, uncertainty, budget) for strength in _distinct("relaxation", relaxation)]
     variance, stochasticity = _distinct("variance", variance), _distinct("stochasticity", stochasticity)
     for word in variance:
@@ -257,14 +257,27 @@ def compare(
     return rows
 
 
-def drafter_of(word: str) -> Drafter:
+def drafter_of(word: str, device: str = "cpu") -> Drafter:
     """The drafter that a word of the command line stands for: a name in :data:`free.drafters.DRAFTERS`, or the folder of a
-    calibrated one.
+    calibrated or a trained one, which goes to ``device``.
 
     Raises:
         ValueError: an unknown name, or a folder that is not whole.
     """
-    return LinearDrafter.from_pretrained(word) if Path(word).is_dir() else as_drafter(word)
+    if not Path(word).is_dir():
+        return as_drafter(word)
+    try:
+        name = json.loads((Path(word) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return LinearDrafter.from_pretrained(word)  # no model of diffusers, or no configuration: it says what is wrong
+    if name != FeatureDrafter.__name__:
+        raise ValueError(f"drafter in {word!r} is a {name}; allowed are a FeatureDrafter and a calibrated drafter")
+    return FeatureDrafter.from_pretrained(word).eval().to(device)
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_target(folder: Path | None = None) -> DiTTarget:
@@ -303,7 +316,7 @@ def load_target(folder: Path | None = None) -> DiTTarget:
     # diffusers fills what is missing with random numbers
     if report["missing_keys"]:
         raise ValueError(f"model in {str(folder)!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])} …")
-    return DiTTarget(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
+    return DiTTarget(model.eval().to(default_device()))
 
 
 def fingerprint(target: DiTTarget) -> str:

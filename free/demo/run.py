@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from free.compare import drafter_of
 from free.demo.digits import (
     NUM_CLASSES,
     load_digits_dit,
     recognised,
     train_digits_dit,
 )
-from free.drafters import as_drafter
 from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
 from free.statistics import aligned
 from free.training import TargetTrainingConfig
@@ -70,7 +70,7 @@ def run_demo(
     except ImportError as error:
         raise ImportError(f"the demo needs {error.name}: pip install 'free-dit[demo]'") from error
     matplotlib.use("Agg")
-    as_drafter(drafter)
+    chosen = drafter_of(drafter)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output is {str(output)!r}, and its folder does not exist")
     if retrain:
@@ -85,7 +85,7 @@ def run_demo(
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
     ancestral: list[SamplingOutput] = []
     speculative: list[SamplingOutput] = []
-    speculative_sample(model, drafter, class_labels=0, num_inference_steps=min(steps, 20), window=window)  # warm-up
+    speculative_sample(model, chosen, class_labels=0, num_inference_steps=min(steps, 20), window=window)  # warm-up
     # the two take turns, so that a busy machine slows both
     for i, label in enumerate(tqdm(labels.tolist(), desc="digits, one at a time", unit="sample")):
         ancestral.append(
@@ -96,7 +96,7 @@ def run_demo(
         speculative.append(
             speculative_sample(
                 model,
-                drafter,
+                chosen,
                 class_labels=label,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
@@ -104,7 +104,7 @@ def run_demo(
                 seed=seed + i,
             )
         )
-    both = _gather("ancestral", ancestral, labels), _gather(f"speculative, {drafter}", speculative, labels)
+    both = _gather("ancestral", ancestral, labels), _gather(f"speculative, {Path(drafter).name}", speculative, labels)
     print(f"\nDigits DiT, S={steps}, W={window}, guidance {guidance_scale}, {len(labels)} samples one at a time, CPU")
     print(_table(both))
     _draw(both, output)

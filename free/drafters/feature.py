@@ -19,6 +19,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, get_timestep_embedding
 from diffusers.models.normalization import AdaLayerNormZero
+from safetensors import SafetensorError
 
 from free.drafters.base import Anchor, Drafter, Situation, walk
 from free.drafters.hold import hold
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 BASES = (None, "hold-x0")
 _FREQUENCIES = 256
+_CONFIG_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 Block = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -137,6 +139,32 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         )
         # diffusers' own `to` warns of every change of dtype
         return torch.nn.Module.to(drafter, target.device, target.dtype).eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load what ``save_pretrained`` wrote, as diffusers' models are (its keywords are the same); safetensors only.
+
+        Raises:
+            ValueError: not a FeatureDrafter, or weights that are missing, corrupt, truncated or of other shapes.
+        """
+        where = f"drafter {str(pretrained_model_name_or_path)!r}"
+        with_report = kwargs.pop("output_loading_info", False)
+        of_config = {name: kwargs[name] for name in _CONFIG_KEYWORDS if name in kwargs}
+        try:
+            name = cls.load_config(pretrained_model_name_or_path, **of_config).get("_class_name")
+            if name != cls.__name__:
+                raise ValueError(f"it is a {name}; allowed is a {cls.__name__}")
+            drafter, report = super().from_pretrained(
+                pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
+            )
+        except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            raise ValueError(f"{where} cannot be loaded: {error}") from error
+        # diffusers fills what is missing with random numbers
+        for what in ("missing", "unexpected"):
+            if report[f"{what}_keys"]:
+                names = sorted(report[f"{what}_keys"])
+                raise ValueError(f"{where} has {len(names)} {what} weights, {names[0]!r} for one")
+        return (drafter, report) if with_report else drafter
 
     def check(self, target: Target) -> None:
         feature_shape = target.check_features()

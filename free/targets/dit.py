@@ -49,17 +49,17 @@ class DiTTarget(Target):
                 "twice as many (learned variance)"
             )
         self.learns_variance = out_channels > self.channels
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._captured: torch.Tensor | None = None
         self._capturing = False
 
     def default_process(self, num_inference_steps: int) -> ReverseProcess:
         """A pipeline's scheduler decides; the transformer alone is sampled as the original DiT was."""
-        if self._scheduler is None:
+        if self.scheduler is None:
             return super().default_process(num_inference_steps)
         from free.process import ReverseProcess
 
-        return ReverseProcess.from_scheduler(self._scheduler, num_inference_steps)
+        return ReverseProcess.from_scheduler(self.scheduler, num_inference_steps)
 
     def check_conditioning(
         self, class_labels: Any, conditioning: dict[str, Any] | None, guidance_scale: float, batch: int | None

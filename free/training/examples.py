@@ -63,9 +63,9 @@ class NoisedPairs:
         depth_weight: float = 0.8,
         scheduler: DDPMScheduler | None = None,
     ) -> None:
-        if not 1 <= unroll < process.num_steps:
+        if not 1 <= unroll < process.num_steps - 1:
             raise ValueError(
-                f"unroll is {unroll}; allowed is 1 … {process.num_steps - 1}, the process has {process.num_steps} steps"
+                f"unroll is {unroll}; allowed is 1 … {process.num_steps - 2}, the process has {process.num_steps} steps"
             )
         self.target, self.process, self.guidance_scale = target, process, guidance_scale
         self.unroll, self.depth_weight = unroll, depth_weight
@@ -77,7 +77,8 @@ class NoisedPairs:
         process, count = self.process, len(clean)
         conditioning = {"class_labels": labels}
         label_embedding = self.target.label_embedding(conditioning)
-        step = torch.randint(process.num_steps - self.unroll, (count,), device=clean.device)
+        # the last step is never drafted
+        step = torch.randint(process.num_steps - 1 - self.unroll, (count,), device=clean.device)
         noised = self.scheduler.add_noise(clean, torch.randn_like(clean), process.timestep[step].long())
         anchor = _evaluate(self.target, noised.flatten(1), step, conditioning, process, self.guidance_scale)
         state, output, feature = anchor.state, anchor.output, anchor.feature

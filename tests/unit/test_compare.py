@@ -248,7 +248,7 @@ def test_without_resume_everything_is_measured_again(small: dict[str, Any]) -> N
 def test_flops_and_parameters_of_a_drafter_that_is_a_model(
     small: dict[str, Any], dit: DiTTransformer2DModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(free.compare, "drafter_of", lambda word: free.drafters.ModelDrafter(dit))
+    monkeypatch.setattr(free.compare, "drafter_of", lambda word, device: free.drafters.ModelDrafter(dit))
     first, second = compare(**{**small, "drafters": ["itself"]})
     # W-1 drafts by a copy of the target cost W-1 evaluations of it, and its drafts are all accepted
     assert first["drafter_flops"] == first["target_flops"] > 0
