@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 

@@ -128,14 +128,15 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         target = as_target(model)
         target.check_features()
         config = cast(Any, target.module).config
+        # by name: diffusers takes what is given by position for a default
         drafter = cls(
-            config.num_attention_heads,
-            config.attention_head_dim,
-            config.in_channels,
-            config.sample_size,
-            config.patch_size,
-            base,
-            sweeps,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            in_channels=config.in_channels,
+            sample_size=config.sample_size,
+            patch_size=config.patch_size,
+            base=base,
+            sweeps=sweeps,
         )
         # diffusers' own `to` warns of every change of dtype
         return torch.nn.Module.to(drafter, target.device, target.dtype).eval()

@@ -56,6 +56,7 @@ class DrafterTrainingConfig:
     states: str = _option("windows", "states to learn on: those that windows visit, or noised data", STATES)
     num_inference_steps: tuple[int, ...] = _option((250,), "steps S of inference, several are taken in turn")
     window: int = _option(8, "W of the visited windows, and of validation")
+    reuse: int = _option(1, "times that each round of windows is learned from; more pays where the target is slow")
     unroll: int = _option(1, "drafts in a row on noised data")
     depth_weight: float = _option(0.8, "weight of each of them relative to the one before")
     guidance_scale: float = _option(1.5, "classifier-free guidance of the outputs that are learned; 1 is none")
@@ -95,9 +96,9 @@ class DrafterTrainingConfig:
             raise ValueError("num_inference_steps is empty; at least one is needed")
         least = {
             "train_batch_size": 1, "max_train_steps": 1, "gradient_accumulation_steps": 1, "checkpointing_steps": 1,
-            "validation_steps": 1, "window": 2, "unroll": 1, "guidance_scale": 1, "seed": 0, "dataloader_num_workers": 0,
+            "validation_steps": 1, "window": 2, "unroll": 1, "reuse": 1, "guidance_scale": 1, "seed": 0,
             "validation_samples": 0, "lr_warmup_steps": 0, "feature_weight": 0, "smooth_weight": 0, "adam_weight_decay": 0,
-            "checkpoints_total_limit": 1,
+            "checkpoints_total_limit": 1, "dataloader_num_workers": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)

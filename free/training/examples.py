@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from free.statistics import Stopwatch
 from free.targets import DiTTarget
 from free.window import Live, Setup, advance, evaluate
 from free_kernels import guided, posterior
+
+MEMORY = 16
+"""Rounds that are kept for reuse."""
 
 
 @dataclass
@@ -72,14 +75,14 @@ class NoisedPairs:
         self.scheduler = scheduler or DDPMScheduler(clip_sample=False)
 
     @torch.no_grad()
-    def draw(self, drafter: FeatureDrafter, clean: torch.Tensor, labels: torch.Tensor) -> Examples:
-        """``unroll`` examples for each of n clean samples [n, *sample shape] with labels int64 [n]."""
-        process, count = self.process, len(clean)
+    def draw(self, drafter: FeatureDrafter, clean: Callable[[], torch.Tensor], labels: torch.Tensor) -> Examples:
+        """``unroll`` examples for each of n clean samples, which ``clean`` returns, [n, *sample shape]; labels int64 [n]."""
+        process, data, count = self.process, clean(), len(labels)
         conditioning = {"class_labels": labels}
         label_embedding = self.target.label_embedding(conditioning)
         # the last step is never drafted
-        step = torch.randint(process.num_steps - 1 - self.unroll, (count,), device=clean.device)
-        noised = self.scheduler.add_noise(clean, torch.randn_like(clean), process.timestep[step].long())
+        step = torch.randint(process.num_steps - 1 - self.unroll, (count,), device=data.device)
+        noised = self.scheduler.add_noise(data, torch.randn_like(data), process.timestep[step].long())
         anchor = _evaluate(self.target, noised.flatten(1), step, conditioning, process, self.guidance_scale)
         state, output, feature = anchor.state, anchor.output, anchor.feature
         seed = torch.zeros_like(step)  # not used: the noise is given
@@ -108,56 +111,91 @@ class VisitedWindows:
 
     Args:
         target: frozen.
-        processes: taken in turn, a pool each.
+        process: of the rounds.
         guidance_scale: of the outputs that are learned.
-        window: W of the rounds.
-        pool: live samples of each process.
+        window: W.
+        pool: live samples.
+        reuse: times that a round is learned from, where the target's forward costs more than learning does: one draw in
+            ``reuse`` is a new round, the others come from the last :data:`MEMORY` rounds.
+        scheduler: noises the data that the pool begins with; the original DiT's linear betas if left out.
     """
 
     def __init__(
-        self, target: DiTTarget, processes: Sequence[ReverseProcess], guidance_scale: float, *, window: int, pool: int
+        self,
+        target: DiTTarget,
+        process: ReverseProcess,
+        guidance_scale: float,
+        *,
+        window: int,
+        pool: int,
+        reuse: int = 1,
+        scheduler: DDPMScheduler | None = None,
     ) -> None:
-        self.target, self.guidance_scale, self.window = target, guidance_scale, window
-        self.pools = [_Pool(target, process, guidance_scale, min(window, process.num_steps), pool) for process in processes]
-        self.turn = 0
+        assert target.sample_shape is not None
+        device = target.device or torch.device("cpu")
+        conditioning = {"class_labels": torch.zeros(pool, dtype=torch.int64, device=device)}
+        seed = torch.zeros(pool, dtype=torch.int64, device=device)
+        self.request = Request(target, process.to(device), conditioning, guidance_scale, target.sample_shape, seed, None)
+        self.window = min(window, process.num_steps)
+        self.reuse = reuse
+        self.scheduler = scheduler or DDPMScheduler(clip_sample=False)
+        self.live: Live | None = None
+        self.memory: list[Examples] = []
+        self.draws = 0
 
     @torch.no_grad()
-    def draw(self, drafter: FeatureDrafter, clean: torch.Tensor, labels: torch.Tensor) -> Examples:
-        """The drafts of one round of one pool. It begins with these clean samples [n, *sample shape], noised at random;
-        trajectories that ended begin again with these labels int64 [n].
+    def draw(self, drafter: FeatureDrafter, clean: Callable[[], torch.Tensor], labels: torch.Tensor) -> Examples:
+        """The drafts of one round.
+
+        Args:
+            drafter: as it stands.
+            clean: called once, by the pool's beginning: clean samples [n, *sample shape] that it noises to random steps.
+            labels: int64 [n], of the samples that the pool begins with, or of trajectories that begin where others ended.
         """
-        pool = self.pools[self.turn]
-        self.turn = (self.turn + 1) % len(self.pools)
-        return pool.round(drafter, clean, labels)
+        self.draws += 1
+        if self.memory and self.draws % self.reuse:
+            return self.memory[int(torch.randint(len(self.memory), ()))]
+        examples = self._round(drafter, clean, labels)
+        if self.reuse > 1:
+            self.memory = [*self.memory[1 - MEMORY :], examples]
+        return examples
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next rounds depend on, beside the drafter."""
-        return {"turn": self.turn, "pools": [pool.state_dict() for pool in self.pools]}
+        """All that the next rounds depend on, beside the drafter: tensors and ints in dicts and lists."""
+        live = self.live
+        state: dict[str, Any] = {"draws": self.draws, "memory": [_as_dict(examples) for examples in self.memory]}
+        if live is not None:
+            state["live"] = {
+                "labels": self.request.conditioning["class_labels"],
+                "seed": live.seed,
+                "step": live.step,
+                "state": live.state,
+                "last": _as_dict(live.last),
+            }
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self.turn = state["turn"]
-        for pool, of_pool in zip(self.pools, state["pools"], strict=True):
-            pool.load_state_dict(of_pool)
+        device, process = self.request.seed.device, self.request.process
+        state = _moved(state, device)
+        self.draws = state["draws"]
+        self.memory = [
+            Examples(**{**values, "process": process, "anchor": Anchor(**values["anchor"])}) for values in state["memory"]
+        ]
+        self.live = None
+        if "live" in state:
+            live = state["live"]
+            conditioning = self.request.conditioning
+            conditioning["class_labels"].copy_(live["labels"])
+            index = torch.arange(len(live["step"]), device=device)
+            last = LastWindow(**live["last"])
+            self.live = Live(index, live["seed"], live["step"], live["state"], last, conditioning, None)
 
-
-class _Pool:
-    """Live samples of one process, begun again as they end."""
-
-    def __init__(self, target: DiTTarget, process: ReverseProcess, guidance_scale: float, window: int, size: int) -> None:
-        assert target.sample_shape is not None
-        device = target.device or torch.device("cpu")
-        conditioning = {"class_labels": torch.zeros(size, dtype=torch.int64, device=device)}
-        seed = torch.zeros(size, dtype=torch.int64, device=device)
-        self.request = Request(target, process.to(device), conditioning, guidance_scale, target.sample_shape, seed, None)
-        self.window = window
-        self.live: Live | None = None
-
-    def round(self, drafter: FeatureDrafter, clean: torch.Tensor, labels: torch.Tensor) -> Examples:
+    def _round(self, drafter: FeatureDrafter, clean: Callable[[], torch.Tensor], labels: torch.Tensor) -> Examples:
         request, process = self.request, self.request.process
         with request.target.capture_features():
             setup = Setup.of(request, drafter, self.window, "auto")
-            live = self._begin(setup, clean, labels) if self.live is None else self._begin_again(self.live, labels)
+            live = self._begin(setup, clean(), labels) if self.live is None else self._begin_again(self.live, labels)
             self.live, done = advance(live, setup, self.window, Stopwatch(live.state.device))
         situation, last = done.situation, self.live.last
 
@@ -185,7 +223,7 @@ class _Pool:
         request.conditioning["class_labels"].copy_(labels[:size])
         step = torch.randint(process.num_steps, (size,), device=request.seed.device)
         clean = clean[:size]
-        noised = DDPMScheduler(clip_sample=False).add_noise(clean, torch.randn_like(clean), process.timestep[step].long())
+        noised = self.scheduler.add_noise(clean, torch.randn_like(clean), process.timestep[step].long())
         state, index, one = noised.flatten(1), torch.arange(size, device=step.device), torch.ones_like(step)
         first, _ = evaluate(state[:, None], step, one, request.conditioning, setup)
         last = LastWindow(step, one, state[:, None], first.output, first.unconditional, first.feature)
@@ -206,27 +244,6 @@ class _Pool:
         live.step = torch.where(ended, 0, live.step)
         return live
 
-    def state_dict(self) -> dict[str, Any]:
-        live = self.live
-        if live is None:
-            return {}
-        last = {entry.name: getattr(live.last, entry.name) for entry in fields(live.last)}
-        own = {"seed": live.seed, "step": live.step, "state": live.state}
-        return {"labels": self.request.conditioning["class_labels"], "last": last, **own}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if not state:
-            self.live = None
-            return
-        device = self.request.seed.device
-        moved = {name: value.to(device) for name, value in state.items() if name != "last"}
-        last: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in state["last"].items()}
-        self.request.conditioning["class_labels"].copy_(moved["labels"])
-        index = torch.arange(len(moved["step"]), device=device)
-        self.live = Live(
-            index, moved["seed"], moved["step"], moved["state"], LastWindow(**last), self.request.conditioning, None
-        )
-
 
 def _evaluate(
     target: DiTTarget,
@@ -245,6 +262,24 @@ def _evaluate(
     return Anchor(
         step, state, guided(output.output.flatten(1), unconditional, guidance_scale, torch.float32), output.feature
     )
+
+
+def _as_dict(value: Examples | Anchor | LastWindow) -> dict[str, Any]:
+    """The tensors of a dataclass, by name."""
+    entries = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    return {
+        name: _as_dict(entry) if isinstance(entry, Anchor) else entry
+        for name, entry in entries.items()
+        if not isinstance(entry, ReverseProcess)
+    }
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(entry, device) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_moved(entry, device) for entry in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _draw_seeds(like: torch.Tensor) -> torch.Tensor:

@@ -145,11 +145,14 @@ class _Run:
         return {**values, "learning_rate": learning_rate}
 
     def _draw(self, source: Source, images: torch.Tensor, labels: torch.Tensor) -> Examples:
-        """Examples of a batch: images [n, C, H, W] are encoded, some of the labels int64 [n] dropped."""
+        """Examples of a batch: images [n, C, H, W], encoded where they are needed; some of the labels int64 [n] dropped."""
         device = self.accelerator.device
-        clean = self.data.encode(images.to(device, non_blocking=True))
         dropped = torch.rand(len(labels)) < self.config.label_dropout
         labels = torch.where(dropped, self.target.null_class, labels).to(device)
+
+        def clean() -> torch.Tensor:
+            return self.data.encode(images.to(device, non_blocking=True))
+
         examples = source.draw(self.drafter, clean, labels)
         while not len(examples.step):  # every live sample stood at its last step
             examples = source.draw(self.drafter, clean, labels)
@@ -273,7 +276,15 @@ class _Run:
         if config.states == "windows":
             pool = config.train_batch_size
             return [
-                VisitedWindows(self.target, [process], config.guidance_scale, window=config.window, pool=pool)
+                VisitedWindows(
+                    self.target,
+                    process,
+                    config.guidance_scale,
+                    window=config.window,
+                    pool=pool,
+                    reuse=config.reuse,
+                    scheduler=self.scheduler,
+                )
                 for process in self.processes
             ]
         return [

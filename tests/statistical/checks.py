@@ -293,10 +293,10 @@ def trained_drafter(target: str, steps: int) -> free.FeatureDrafter:
     torch.manual_seed(0)
     featured, process = FeaturedTarget(make_target(Case(target, "", 8))), free.ReverseProcess.ddpm(steps)
     drafter = free.FeatureDrafter(1, WIDTH, DIM, 1, 1)
-    visited = VisitedWindows(featured, [process], 1.0, window=8, pool=64)
+    visited = VisitedWindows(featured, process, 1.0, window=8, pool=64)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(150):
-        examples = visited.draw(drafter, torch.randn(64, DIM, 1, 1), torch.zeros(64, dtype=torch.int64))
+        examples = visited.draw(drafter, lambda: torch.randn(64, DIM, 1, 1), torch.zeros(64, dtype=torch.int64))
         optimizer.zero_grad()
         drafter_loss(drafter, examples)["loss"].backward()
         optimizer.step()

@@ -80,7 +80,7 @@ def noised_examples(unroll: int, base: Any) -> tuple[free.FeatureDrafter, Any]:
     torch.manual_seed(1)
     drafter = free.FeatureDrafter.from_target(target, base=base)
     source = NoisedPairs(target, target.default_process(10), 1.5, unroll=unroll, depth_weight=0.5)
-    return drafter, source.draw(drafter, torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 10]))
+    return drafter, source.draw(drafter, lambda: torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 10]))
 
 
 def test_the_loss_is_its_terms_with_the_papers_weights() -> None:
@@ -112,7 +112,7 @@ def test_the_last_step_is_no_example() -> None:
     target = free.as_target(tiny_dit())
     process = target.default_process(4)
     drafter, source = free.FeatureDrafter.from_target(target), NoisedPairs(target, process, 1.5, unroll=2)
-    examples = source.draw(drafter, torch.randn(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
+    examples = source.draw(drafter, lambda: torch.randn(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
     assert set(examples.step.tolist()) == {1, 2}
     assert torch.isfinite(drafter_loss(drafter, examples)["loss"])
     with pytest.raises(ValueError, match="unroll is 3; allowed is 1 … 2, the process has 4 steps"):
