@@ -18,8 +18,10 @@ from free.drafters import (
     as_drafter,
 )
 from free.loop import NonFiniteOutputError
+from free.planner import plan_window
 from free.process import ReverseProcess
 from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
+from free.schedule import WindowPlan
 from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
 from free.version import __version__
@@ -42,10 +44,12 @@ __all__ = [
     "StepDrafter",
     "Target",
     "TargetOutput",
+    "WindowPlan",
     "__version__",
     "ancestral_sample",
     "as_drafter",
     "as_target",
     "calibrate",
+    "plan_window",
     "speculative_sample",
 ]

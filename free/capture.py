@@ -166,14 +166,11 @@ def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
         (name, value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) and value.dim() else (name, id(value))
         for name, value in request.conditioning.items()
     )
-    process = request.process
-    columns = torch.stack([column.double() for column in (process.timestep, *process.table[:-1])]).cpu()
     return (
         request.batch,
         request.sample_shape,
         request.guidance_scale,
-        process.clip_range,
-        columns.numpy().tobytes(),
+        request.process.fingerprint(),
         conditioning,
         tuple(weights(request.target)),
         impl,
@@ -190,14 +187,18 @@ def weights(*holders: Any) -> Iterator[tuple[int, torch.dtype]]:
                 yield parameter.data_ptr(), parameter.dtype
 
 
+def drafter_key(drafter: Drafter) -> Hashable:
+    """Equal for drafters that are alike, by class, name and weights."""
+    return type(drafter), drafter.name, tuple(weights(*vars(drafter).values()))
+
+
 def _key(setup: Setup) -> Hashable:
     drafter = setup.drafter
-    state = vars(drafter)
     return (
         "rounds",
-        # a drafter that holds nothing is like any other of its class
-        id(drafter) if state else type(drafter),
-        tuple(weights(*state.values())),
+        # one that holds anything is only like itself
+        id(drafter) if vars(drafter) else None,
+        drafter_key(drafter),
         setup.widest,
         setup.reach.cpu().numpy().tobytes(),
         *baked(setup.request, setup.impl),

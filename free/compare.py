@@ -21,6 +21,7 @@ from free.loop import rounds
 from free.request import check_request
 from free.rows import append_row, environment, read_rows
 from free.sampling import speculative_sample
+from free.schedule import FixedWindow
 from free.statistics import Account, SamplingStatistics, Stopwatch, aligned, standard_error
 from free.targets import Target
 from free.targets.dit import DiTTarget
@@ -452,7 +453,8 @@ def _count_flops(
     setup, account = Setup.of(request, watched, window, "auto"), Account(steps, request.seed)
     stats = SamplingStatistics(steps, window, drafter.name, np.zeros(request.batch, np.int64))
     with target.capture_features() if drafter.needs_features else nullcontext():
-        for _ in itertools.islice(rounds(setup, state, account, stats, Stopwatch(request.seed.device), lag=0), 2):
+        turns = rounds(setup, FixedWindow(window), state, account, stats, Stopwatch(request.seed.device))
+        for _ in itertools.islice(turns, 2):
             pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)
     conditioning = {name: value[:1] for name, value in request.conditioning.items()}

@@ -17,9 +17,11 @@ from free.ancestral import Chain, step_on
 from free.capture import AncestralGraph, Graphs, wants_capture
 from free.drafters import Drafter, as_drafter
 from free.loop import Turn, check_finite, rounds
+from free.planner import auto_window, check_window, schedule_of
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
-from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
+from free.schedule import WINDOWS, WindowPlan
+from free.statistics import Account, Report, SamplingStatistics, Stopwatch
 from free.window import Setup
 from free_kernels import NOISE_STREAM, normal
 from free_kernels.dispatch import resolve
@@ -54,7 +56,7 @@ def speculative_sample(
     process: ReverseProcess | SchedulerMixin | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float = 1.0,
-    window: int = 8,
+    window: int | str | WindowPlan = 8,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
@@ -81,7 +83,10 @@ def speculative_sample(
             else the original DiT's ``ReverseProcess.ddpm(num_inference_steps)``.
         num_inference_steps: S, where ``process`` does not say.
         guidance_scale: classifier-free guidance, at least 1 (none).
-        window: W, states of a sample evaluated in one round; 1 is the ancestral sampler.
+        window: W, states of a sample evaluated in one round; 1 is the ancestral sampler. ``"auto"`` chooses, of 1 … 64, what
+            settles most steps a second on this device, by rounds that it times (once for each model and setting) and by
+            how drafts fare: the law is the same whatever is chosen, but the sample of a seed may vary with what was
+            measured. A plan of :func:`free.plan_window` chooses the same in each run.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
@@ -106,8 +111,7 @@ def speculative_sample(
         TypeError: a model or drafter that is none of the above.
         NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it.
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window is {window!r}; allowed is an int, 1 or more")
+    check_window(window)
     drafter = as_drafter(drafter)
     request = check_request(
         model,
@@ -127,8 +131,11 @@ def speculative_sample(
     drafter.check(request.target)
     captured = wants_capture(capture, request, drafter)
 
-    setup = Setup.of(request, drafter, window, impl)
-    stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
+    schedule = schedule_of(window)
+    widest, reach = (schedule.widest, schedule.reach(request.process)) if schedule else (WINDOWS[-1], None)
+    setup = Setup.of(request, drafter, widest, impl, reach)
+    name = schedule.name if schedule else "auto"
+    stats = SamplingStatistics(request.process.num_steps, name, drafter.name, np.zeros(request.batch, np.int64))
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
     # with static shapes the host may be a round behind, unless somebody looks at every round
@@ -141,11 +148,12 @@ def speculative_sample(
         if compile:
             during.enter_context(request.target.compile())
         graphs = Graphs.of(setup) if captured else None
+        schedule = schedule or auto_window(setup, graphs)
         account = graphs.account if graphs else Account(stats.steps, request.seed)
-        for turn in rounds(setup, result.state, account, stats, watch, lag, graphs):
+        for turn in rounds(setup, schedule, result.state, account, stats, watch, lag, graphs):
             result.settle(turn)
-            bar.update(int(turn.step.sum()) - bar.n)
-            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.rounds.sum())):.2f}", refresh=False)
+            bar.update(int(turn.known.step.sum()) - bar.n)
+            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
     stats.take(account)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
@@ -201,7 +209,7 @@ def ancestral_sample(
     # what the host reads and draws, it does for a block of steps; the kernels make noise faster than they could read it
     block = max(1, _NOISE_BLOCK // chain.state.numel())
     stored = resolve(impl, request.seed.device) == "reference" and not captured
-    under_way: deque[Progress] = deque()
+    under_way: deque[Report] = deque()
     begin = time.perf_counter()
     with target.compile() if compile else nullcontext():
         graph = AncestralGraph.of(request, impl) if captured else None
@@ -218,12 +226,12 @@ def ancestral_sample(
                 account.add_step(chain.step, chain.state)
             stats.count_forward(request.batch, target.forward_batch(request.guided))
             if (k + 1) % block == 0:
-                under_way.append(Progress(account))
+                under_way.append(Report(account))
                 # a GPU's last block is looked at while it is at the next
                 if len(under_way) > (1 if request.seed.device.type == "cuda" else 0):
                     check_finite(under_way.popleft().read(), stats.drafter, process)
             result.settle_all(k, chain.state)
-        check_finite(Progress(account).read(), stats.drafter, process)
+        check_finite(Report(account).read(), stats.drafter, process)
     stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)

@@ -39,13 +39,12 @@ class Setup:
     impl: str
 
     @classmethod
-    def of(cls, request: Request, drafter: Drafter, window: int, impl: str) -> Setup:
-        """Windows of at most ``window`` states, shapes as the device likes them."""
+    def of(cls, request: Request, drafter: Drafter, widest: int, impl: str, reach: torch.Tensor | None = None) -> Setup:
+        """Windows of at most ``widest`` states, shapes as the device likes them."""
         process = request.process
         # a window ends at a step that is never drafted: the last one, or one without noise
-        return cls(
-            request, drafter, min(window, process.num_steps), process.exact_step, request.seed.device.type == "cuda", impl
-        )
+        reach = process.exact_step if reach is None else reach
+        return cls(request, drafter, min(widest, process.num_steps), reach, request.seed.device.type == "cuda", impl)
 
 
 @dataclass
