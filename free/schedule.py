@@ -24,6 +24,7 @@ WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 """Windows that are weighed against each other."""
 
 _WORTHWHILE = 1.05  # a wider window must be this much better, lest a measurement's noise decides
+_AS_GOOD = 0.99
 _HOPE = 0.9  # acceptance where nothing is known
 _SMOOTHING = 0.04  # steps to either side that a step's acceptance is averaged with, of all steps
 _TRUST = 20.0  # steps that the sum's own prediction counts for, beside those of the rounds seen
@@ -208,6 +209,11 @@ def expected_advance(acceptance: np.ndarray, step: np.ndarray, windows: np.ndarr
     return reached[:, windows - 1]
 
 
+def _best(rate: np.ndarray) -> int:
+    """The narrowest of those that are as good as the best: memory and energy are not free."""
+    return int((rate >= _AS_GOOD * rate.max()).argmax())
+
+
 class AutoWindow(Schedule):
     """The window that is expected to settle most steps a second, anew in each round.
 
@@ -244,7 +250,7 @@ class AutoWindow(Schedule):
 
     def window(self, step: np.ndarray, under_way: Sequence[int], rows: int) -> int:
         rate = self.rate(step, rows).sum(0)
-        best = int(rate.argmax())
+        best = _best(rate)
         if self._last is not None and rate[best] < _WORTHWHILE * rate[self._last]:
             best = self._last
         self._last = best
@@ -263,9 +269,9 @@ class AutoWindow(Schedule):
         """The windows that it would take now, step by step."""
         step = np.arange(len(self._drafted))
         rate = self.rate(step, batch)
-        chosen = np.full(len(step), rate[0].argmax())
+        chosen = np.full(len(step), _best(rate[0]))
         for k in step[1:]:
-            best = int(rate[k].argmax())
+            best = _best(rate[k])
             chosen[k] = best if rate[k, best] > _WORTHWHILE * rate[k, chosen[k - 1]] else chosen[k - 1]
         seconds = self.seconds.at(batch * self._windows.astype(float))
         by_window = dict(zip(self._windows.tolist(), seconds.tolist(), strict=True))
