@@ -81,6 +81,7 @@ class Graphs:
         self._buffers: dict[int, Live] = {}
         self._rounds: dict[tuple[int, int], Recording[Round]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._held: list[Any] = []
 
     @classmethod
     def of(cls, setup: Setup) -> Graphs:
@@ -90,7 +91,10 @@ class Graphs:
         return graphs
 
     def advance(self, live: Live, window: int, watch: Stopwatch) -> tuple[Live, Round]:
-        """As :func:`free.window.advance`, the round entered in :attr:`account`; what is returned lasts until the next."""
+        """As :func:`free.window.advance`, the round entered in :attr:`account`.
+
+        What is returned lasts until the next round, and the situation's state and last window have moved on already.
+        """
         batch = len(live.index)
         buffers = self._buffers.get(batch)
         if buffers is None:
@@ -115,6 +119,8 @@ class Graphs:
         before = buffers.clone()
         buffers.step.fill_(self.setup.request.process.num_steps)
         recording = Recording(one_round, self._pool)
+        # what the drafter prepared is read by the graph: it must live, though the drafter may put other things in its place
+        self._held.append(dict(vars(self.setup.drafter)))
         assign(buffers, before)
         return recording
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -89,11 +88,7 @@ def plan_window(
     if statistics is not None and statistics.steps != steps:
         raise ValueError(f"statistics is of {statistics.steps} steps; the process has {steps}")
     setup = Setup.of(request, drafter, WINDOWS[-1], impl)
-    with ExitStack() as during:
-        if drafter.needs_features:
-            during.enter_context(request.target.capture_features())
-        if compile:
-            during.enter_context(request.target.compile())
+    with request.running(features=drafter.needs_features, compile=compile):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             experience = Experience(statistics.tested.astype(float), statistics.accepted.astype(float))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,12 +139,8 @@ def speculative_sample(
     # with static shapes the host may be a round behind, unless somebody looks at every round
     lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
     begin = time.perf_counter()
-    with ExitStack() as during:
-        bar = during.enter_context(tqdm(total=request.batch * stats.steps, disable=not progress, unit="step"))
-        if drafter.needs_features:
-            during.enter_context(request.target.capture_features())
-        if compile:
-            during.enter_context(request.target.compile())
+    bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
+    with bar, request.running(features=drafter.needs_features, compile=compile):
         graphs = Graphs.of(setup) if captured else None
         schedule = schedule or auto_window(setup, graphs)
         account = graphs.account if graphs else Account(stats.steps, request.seed)
@@ -154,8 +148,8 @@ def speculative_sample(
             result.settle(turn)
             bar.update(int(turn.known.step.sum()) - bar.n)
             bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
-    stats.take(account)
-    stats.seconds = watch.finish()
+        stats.take(account)
+        stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 
@@ -206,12 +200,11 @@ def ancestral_sample(
     chain = Chain.begin(request)
     result = _Result(request, chain.state, model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
-    # what the host reads and draws, it does for a block of steps; the kernels make noise faster than they could read it
     block = max(1, _NOISE_BLOCK // chain.state.numel())
+    # the kernels make noise faster than they could read it, and a graph makes its own
     stored = resolve(impl, request.seed.device) == "reference" and not captured
-    under_way: deque[Report] = deque()
     begin = time.perf_counter()
-    with target.compile() if compile else nullcontext():
+    with request.running(compile=compile):
         graph = AncestralGraph.of(request, impl) if captured else None
         account = graph.account if graph else Account(stats.steps, request.seed)
         for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
@@ -225,14 +218,11 @@ def ancestral_sample(
                 chain = step_on(chain, request, noise[:, k % block] if stored else None, impl, watch)
                 account.add_step(chain.step, chain.state)
             stats.count_forward(request.batch, target.forward_batch(request.guided))
-            if (k + 1) % block == 0:
-                under_way.append(Report(account))
-                # a GPU's last block is looked at while it is at the next
-                if len(under_way) > (1 if request.seed.device.type == "cuda" else 0):
-                    check_finite(under_way.popleft().read(), stats.drafter, process)
+            # a GPU is asked at the end, rather than waited for
+            if k + 1 == process.num_steps or (stored and (k + 1) % block == 0):
+                check_finite(Report(account).read(), stats.drafter, process)
             result.settle_all(k, chain.state)
-        check_finite(Report(account).read(), stats.drafter, process)
-    stats.seconds = watch.finish()
+        stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 

@@ -1,4 +1,4 @@
-"""What a run cost and how its drafts fared."""
+"""What a run cost and how its drafts fared: added up where the samples are, read by the host, reported."""
 
 from __future__ import annotations
 
