@@ -22,7 +22,7 @@ from free.window import Setup, advance, first_window
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-_REPEATS = 3  # of a measurement, the least of which counts: a busy machine only adds
+_REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
 _ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
 
 _REMEMBERED: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -165,7 +165,9 @@ def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
     if graphs is not None:
         graphs.account.reset()
     states = request.batch * np.array(list(seconds), dtype=float)
-    return RoundSeconds(states, np.maximum.accumulate(np.array(list(seconds.values()))))
+    # a wider window that took less shows what a narrower one takes at most
+    least = np.minimum.accumulate(np.array(list(seconds.values()))[::-1])[::-1]
+    return RoundSeconds(states, least)
 
 
 def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> dict[int, float]:
@@ -173,7 +175,12 @@ def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> d
     taken: dict[int, float] = {}
     for window in (window for window in WINDOWS if window <= widest):
         run(window)  # shapes that are met for the first time are slow
-        taken[window] = min(_timed(run, window, device) for _ in range(_REPEATS))
+        taken[window] = _timed(run, window, device)
+        # the narrower one takes turns with it: of a machine that is busy at times, neither sees more
+        pair = (window, window // 2) if window > 1 else (window,)
+        for _ in range(_REPEATS):
+            for one in pair:
+                taken[one] = min(taken[one], _timed(run, one, device))
         # twice as wide goes less than twice as far
         if window > 1 and taken[window] > 1.8 * taken[window // 2]:
             break
@@ -181,16 +188,18 @@ def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> d
 
 
 def _timed(run: Callable[[int], Any], window: int, device: torch.device) -> float:
-    on_cuda = device.type == "cuda"
-    count = _ROUNDS_ON_CUDA if on_cuda else 1
-    if on_cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(count):
-        run(window)
-    if on_cuda:
+        begin = time.perf_counter()
+        for _ in range(_ROUNDS_ON_CUDA):
+            run(window)
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / count
+        return (time.perf_counter() - begin) / _ROUNDS_ON_CUDA
+    # a single thread's own time is not stretched by what else the machine does
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    run(window)
+    return clock() - begin
 
 
 def _remember(request: Request, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -133,7 +133,7 @@ def test_wider_windows_are_timed_until_they_are_no_cheaper_a_state(monkeypatch: 
     monkeypatch.setattr(free.planner, "_timed", timed)
     seconds = free.planner.by_window(run, torch.device("cpu"), 64)
     assert seconds == {1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0, 16: 11.0}
-    assert max(ran.values()) <= 4
+    assert max(ran.values()) <= 8
     assert list(free.planner.by_window(run, torch.device("cpu"), 3)) == [1, 2]
 
 
