@@ -23,12 +23,13 @@ from free.statistics import Known
 WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 """Windows that are weighed against each other."""
 
-_WORTHWHILE = 1.05  # a wider window must be this much better, lest a measurement's noise decides
-_AS_GOOD = 0.99
+_WORTHWHILE = 1.02  # another window must be this much better, lest noise decides
+_AS_GOOD = 0.99  # of the best rate is as good
 _HOPE = 0.9  # acceptance where nothing is known
+_DOUBT = 0.1  # tests that a guess counts for
 _SMOOTHING = 0.04  # steps to either side that a step's acceptance is averaged with, of all steps
-_TRUST = 20.0  # steps that the sum's own prediction counts for, beside those of the rounds seen
-_MEMORY = 0.98  # of those, from round to round: a window that once did badly is tried again
+_TRUST = 40.0  # steps that the sum's own prediction counts for, beside those of the rounds seen
+_MEMORY = 0.95  # of those, from round to round: a window that once did badly is tried again
 
 _FORMAT = "free-dit window plan, 1"
 
@@ -180,8 +181,8 @@ class Experience:
         known = np.flatnonzero(self.tested)
         # where nothing was tested yet: as it was at the last step that was
         at = int(known[-1]) if len(known) else 0
-        nearest = (accepted[at] + _HOPE) / (tests[at] + 1)
-        return np.where(drafted, (accepted + nearest) / (tests + 1), 0.0)
+        nearest = (accepted[at] + _DOUBT * _HOPE) / (tests[at] + _DOUBT)
+        return np.where(drafted, (accepted + _DOUBT * nearest) / (tests + _DOUBT), 0.0)
 
     def note(self, window: int, settled: float, predicted: float) -> None:
         """What a round settled, and was predicted to, mean over its samples."""
