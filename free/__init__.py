@@ -20,9 +20,11 @@ from free.drafters import (
     as_drafter,
 )
 from free.loop import NonFiniteOutputError
+from free.planner import plan_window
 from free.process import ReverseProcess
 from free.relaxation import DraftedSteps, Relaxation
 from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
+from free.schedule import WindowPlan
 from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
 from free.variance import average_learned_variance
@@ -50,11 +52,13 @@ __all__ = [
     "StepDrafter",
     "Target",
     "TargetOutput",
+    "WindowPlan",
     "__version__",
     "ancestral_sample",
     "as_drafter",
     "as_target",
     "average_learned_variance",
     "calibrate",
+    "plan_window",
     "speculative_sample",
 ]

@@ -15,6 +15,7 @@ from free.loop import Turn, rounds
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, Request, check_request
 from free.sampling import speculative_sample
+from free.schedule import FixedWindow
 from free.statistics import Account, SamplingStatistics, Stopwatch, standard_error
 from free.window import Setup
 from free_kernels import guided, x0_estimate
@@ -108,9 +109,9 @@ def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _
     sums, account = _Sums(request, bands), Account(process.num_steps, request.seed)
     stats = SamplingStatistics(process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
     setup, watch = Setup.of(request, drafter, window, impl), Stopwatch(request.seed.device)
-    for turn in rounds(setup, request.initial_state(), account, stats, watch, lag=0):
+    for turn in rounds(setup, FixedWindow(window), request.initial_state(), account, stats, watch):
         sums.add(turn)
-        bar.update(int(turn.step.sum()) - bar.n)
+        bar.update(int(turn.known.step.sum()) - bar.n)
     return sums
 
 

@@ -92,6 +92,7 @@ class Graphs:
         self._buffers: dict[int, Live] = {}
         self._rounds: dict[tuple[int, int], Recording[Round]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._held: list[Any] = []
 
     @classmethod
     def of(cls, setup: Setup) -> Graphs:
@@ -101,7 +102,10 @@ class Graphs:
         return graphs
 
     def advance(self, live: Live, window: int, watch: Stopwatch) -> tuple[Live, Round]:
-        """As :func:`free.window.advance`, the round entered in :attr:`account`; what is returned lasts until the next."""
+        """As :func:`free.window.advance`, the round entered in :attr:`account`.
+
+        What is returned lasts until the next round, and the situation's state and last window have moved on already.
+        """
         batch = len(live.index)
         buffers = self._buffers.get(batch)
         if buffers is None:
@@ -126,6 +130,8 @@ class Graphs:
         before = buffers.clone()
         buffers.step.fill_(self.setup.request.process.num_steps)
         recording = Recording(one_round, self._pool)
+        # what the drafter prepared is read by the graph: it must live, though the drafter may put other things in its place
+        self._held.append(dict(vars(self.setup.drafter)))
         assign(buffers, before)
         return recording
 
@@ -177,16 +183,11 @@ def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
         (name, value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) and value.dim() else (name, id(value))
         for name, value in request.conditioning.items()
     )
-    process = request.process
-    columns = torch.stack([column.double() for column in (process.timestep, *process.table[:-1])]).cpu()
-    logs = process.log_variance_range
     return (
         request.batch,
         request.sample_shape,
         request.guidance_scale,
-        process.clip_range,
-        columns.numpy().tobytes(),
-        None if logs is None else logs.cpu().numpy().tobytes(),
+        request.process.fingerprint(),
         conditioning,
         tuple(weights(request.target)),
         impl,
@@ -203,14 +204,18 @@ def weights(*holders: Any) -> Iterator[tuple[int, torch.dtype]]:
                 yield parameter.data_ptr(), parameter.dtype
 
 
+def drafter_key(drafter: Drafter) -> Hashable:
+    """Equal for drafters that are alike, by class, name and weights."""
+    return type(drafter), drafter.name, tuple(weights(*vars(drafter).values()))
+
+
 def _key(setup: Setup) -> Hashable:
     drafter = setup.drafter
-    state = vars(drafter)
     return (
         "rounds",
-        # a drafter that holds nothing is like any other of its class
-        id(drafter) if state else type(drafter),
-        tuple(weights(*state.values())),
+        # one that holds anything is only like itself
+        id(drafter) if vars(drafter) else None,
+        drafter_key(drafter),
         setup.widest,
         setup.reach.cpu().numpy().tobytes(),
         setup.relaxation,

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
-    demo.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
+    demo.add_argument("--window", type=_window, default="auto", help="states evaluated in one round, W, or auto")
     demo.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
     demo.add_argument("--drafter", default="hold-x0", help="hold-x0, hold-output, or the folder of a learned one")
     demo.add_argument("--per-class", type=_positive, default=1, help="samples of each class")
@@ -192,6 +192,10 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
     config = DrafterTrainingConfig(**{name: value for name, value in vars(arguments).items() if name != "run"})
     train_drafter(config)
     print(f"drafter: {config.output_dir}")
+
+
+def _window(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _positive(text: str) -> int:

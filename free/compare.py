@@ -25,6 +25,7 @@ from free.report import draw, draw_quality, table
 from free.request import check_request
 from free.rows import append_row, environment, read_rows
 from free.sampling import speculative_sample
+from free.schedule import FixedWindow
 from free.statistics import Account, SamplingStatistics, Stopwatch, standard_error, total_variation
 from free.targets import Target
 from free.targets.dit import DiTTarget
@@ -457,7 +458,8 @@ def _count_flops(
     setup, account = Setup.of(request, watched, window, "auto"), Account(steps, request.seed)
     stats = SamplingStatistics(steps, window, drafter.name, np.zeros(request.batch, np.int64))
     with target.capture_features() if drafter.needs_features else nullcontext():
-        for _ in itertools.islice(rounds(setup, state, account, stats, Stopwatch(request.seed.device), lag=0), 2):
+        turns = rounds(setup, FixedWindow(window), state, account, stats, Stopwatch(request.seed.device))
+        for _ in itertools.islice(turns, 2):
             pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)
     conditioning = {name: value[:1] for name, value in request.conditioning.items()}

@@ -11,7 +11,8 @@ import torch
 
 from free.capture import Graphs
 from free.process import ReverseProcess
-from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
+from free.schedule import Schedule
+from free.statistics import Account, Known, Report, SamplingStatistics, Stopwatch
 from free.window import Live, Round, Setup, advance, first_window
 
 
@@ -26,14 +27,13 @@ class Turn:
     live: Live
     """After the round, the samples that it finished included."""
     done: Round
-    step: np.ndarray
-    """int64 [B]: steps that each sample has settled, as far as the host knows."""
-    rounds: np.ndarray
-    """int64 [B]: likewise the rounds."""
+    known: Known
+    """What the host knows by now."""
 
 
 def rounds(
     setup: Setup,
+    schedule: Schedule,
     state: torch.Tensor,
     account: Account,
     stats: SamplingStatistics,
@@ -48,6 +48,7 @@ def rounds(
 
     Args:
         setup: what is asked for.
+        schedule: of the windows, none wider than the setup's.
         state: float32 [B, D], the initial states; the samples are written into it as they are finished.
         account: of the same samples, empty.
         stats: where forwards are counted.
@@ -60,32 +61,36 @@ def rounds(
     """
     num_steps = setup.request.process.num_steps
     live = first_window(setup, state.clone())
-    under_way: deque[tuple[int, Progress]] = deque()
-    known = np.zeros((4, setup.request.batch), np.int64)
-    while (known[0] < num_steps).any():
+    forward_batch = setup.request.target.forward_batch(setup.request.guided)
+    under_way: deque[tuple[int, Report]] = deque()
+    known = Known.nothing(setup.request.batch, num_steps)
+    while (known.step < num_steps).any():
+        unread = [window for window, _ in under_way]
+        window = schedule.window(known.step[known.step < num_steps], unread, len(live.index))
+        window = min(window, setup.widest)
         if graphs is not None:
-            live, done = graphs.advance(live, setup.widest, watch)
+            live, done = graphs.advance(live, window, watch)
         else:
-            live, done = advance(live, setup, setup.widest, watch)
+            live, done = advance(live, setup, window, watch)
             account.add(live, done)
-        stats.draft_calls += 1
-        stats.count_forward(done.evaluated, setup.request.target.forward_batch(setup.request.guided))
-        under_way.append((done.states.shape[1], Progress(account)))
-        while len(under_way) > lag or (under_way and _may_be_finished(known[0], under_way, num_steps)):
-            known = under_way.popleft()[1].read()
+        stats.count_round(window, done.evaluated, forward_batch)
+        under_way.append((window, Report(account)))
+        while len(under_way) > lag or (under_way and _may_be_finished(known.step, under_way, num_steps)):
+            window, report = under_way.popleft()
+            before, known = known, report.read()
             check_finite(known, stats.drafter, setup.request.process)
-        yield Turn(live, done, known[0], known[1])
-        rows = _rows_to_keep(int((known[0] < num_steps).sum()), len(live.index), setup.static_shapes)
+            schedule.learn(window, before, known)
+        yield Turn(live, done, known)
+        rows = _rows_to_keep(int((known.step < num_steps).sum()), len(live.index), setup.static_shapes)
         if rows < len(live.index):
             state[live.index] = live.state
             live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
 
 
-def check_finite(known: np.ndarray, drafter: str, process: ReverseProcess) -> None:
+def check_finite(known: Known, drafter: str, process: ReverseProcess) -> None:
     """Raise the error of the first step that was not finite, if there was one."""
-    broke = known[2:]
-    who, sample = np.unravel_index(np.argmin(broke), broke.shape)
-    step = int(broke[who, sample])
+    who, sample = np.unravel_index(np.argmin(known.broke), known.broke.shape)
+    step = int(known.broke[who, sample])
     if step < process.num_steps:
         name = f"drafter {drafter!r}" if who else "model"
         timestep = process.timestep[step].item()
@@ -94,7 +99,7 @@ def check_finite(known: np.ndarray, drafter: str, process: ReverseProcess) -> No
         )
 
 
-def _may_be_finished(step: np.ndarray, under_way: deque[tuple[int, Progress]], num_steps: int) -> bool:
+def _may_be_finished(step: np.ndarray, under_way: deque[tuple[int, Report]], num_steps: int) -> bool:
     """Whether the rounds under way can have settled all that was left: another one might be for nothing."""
     return int(step.min()) + sum(window for window, _ in under_way) >= num_steps
 

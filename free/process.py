@@ -126,6 +126,12 @@ class ReverseProcess:
             self.clip_range,
         )
 
+    def fingerprint(self) -> bytes:
+        """Equal for equal processes; waits for the device."""
+        columns = torch.stack([column.double() for column in (self.timestep, *self.table[:-1])])
+        logs = b"" if self.log_variance_range is None else self.log_variance_range.cpu().numpy().tobytes()
+        return columns.cpu().numpy().tobytes() + logs + repr(self.clip_range).encode()
+
     def to(self, device: torch.device | str) -> ReverseProcess:
         """The same process on another device."""
         if self.std.device == torch.device(device):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from free.targets import Target, as_target
 from free.targets.base import has_rows
 from free_kernels import LATENT_STREAM, normal
 from free_kernels.dispatch import resolve
+from free_kernels.launch import on_device
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -45,6 +47,17 @@ class Request:
     @property
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
+
+    @contextmanager
+    def running(self, *, features: bool = False, compile: bool = False) -> Iterator[None]:
+        """Within this context the target may be evaluated, on its own device, with features and compiled if asked for."""
+        with ExitStack() as during:
+            during.enter_context(on_device(self.seed))
+            if features:
+                during.enter_context(self.target.capture_features())
+            if compile:
+                during.enter_context(self.target.compile())
+            yield
 
     def initial_state(self) -> torch.Tensor:
         """float32 [B, D]: the caller's latents, or standard normal noise of the seeds' own stream."""

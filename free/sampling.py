@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,12 @@ from free.ancestral import Chain, step_on
 from free.capture import AncestralGraph, Graphs, wants_capture
 from free.drafters import Drafter, as_drafter
 from free.loop import Turn, check_finite, rounds
+from free.planner import auto_window, check_window, schedule_of
 from free.process import ReverseProcess
 from free.relaxation import Relaxation
 from free.request import DEFAULT_STEPS, Callback, Request, check_request
-from free.statistics import Account, Progress, SamplingStatistics, Stopwatch
+from free.schedule import WINDOWS, WindowPlan
+from free.statistics import Account, Report, SamplingStatistics, Stopwatch
 from free.window import Setup
 from free_kernels import NOISE_STREAM, normal
 from free_kernels.dispatch import resolve
@@ -55,7 +56,7 @@ def speculative_sample(
     process: ReverseProcess | SchedulerMixin | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
     guidance_scale: float = 1.0,
-    window: int = 8,
+    window: int | str | WindowPlan = 8,
     relaxation: Relaxation | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -83,7 +84,10 @@ def speculative_sample(
             else the original DiT's ``ReverseProcess.ddpm(num_inference_steps)``.
         num_inference_steps: S, where ``process`` does not say.
         guidance_scale: classifier-free guidance, at least 1 (none).
-        window: W, states of a sample evaluated in one round; 1 is the ancestral sampler.
+        window: W, states of a sample evaluated in one round; 1 is the ancestral sampler. ``"auto"`` chooses, of 1 … 64, what
+            settles most steps a second on this device, by rounds that it times (once for each model and setting) and by
+            how drafts fare: the law is the same whatever is chosen, but the sample of a seed may vary with what was
+            measured. A plan of :func:`free.plan_window` chooses the same in each run.
         relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound`` says how
             much of it. None is exact.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
@@ -112,8 +116,7 @@ def speculative_sample(
     """
     if relaxation is not None and not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation is a {type(relaxation).__name__}; allowed is a free.Relaxation, or None")
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window is {window!r}; allowed is an int, 1 or more")
+    check_window(window)
     drafter = as_drafter(drafter)
     request = check_request(
         model,
@@ -135,29 +138,28 @@ def speculative_sample(
         relaxation.check(request.target, request.process)
     captured = wants_capture(capture, request, drafter, relaxation)
 
-    setup = Setup.of(request, drafter, window, impl, relaxation)
-    stats = SamplingStatistics(request.process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
+    schedule = schedule_of(window)
+    widest, reach = (schedule.widest, schedule.reach(request.process)) if schedule else (WINDOWS[-1], None)
+    setup = Setup.of(request, drafter, widest, impl, reach, relaxation)
+    name = schedule.name if schedule else "auto"
+    stats = SamplingStatistics(request.process.num_steps, name, drafter.name, np.zeros(request.batch, np.int64))
     result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
     # with static shapes the host may be a round behind, unless somebody looks at every round
     lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
     begin = time.perf_counter()
-    with ExitStack() as during:
-        bar = during.enter_context(tqdm(total=request.batch * stats.steps, disable=not progress, unit="step"))
-        if drafter.needs_features:
-            during.enter_context(request.target.capture_features())
-        if relaxation is not None:
-            during.enter_context(relaxation.capture(request.target))
-        if compile:
-            during.enter_context(request.target.compile())
+    bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
+    relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
+    with bar, request.running(features=drafter.needs_features, compile=compile), relaxed:
         graphs = Graphs.of(setup) if captured else None
+        schedule = schedule or auto_window(setup, graphs)
         account = graphs.account if graphs else Account(stats.steps, request.seed)
-        for turn in rounds(setup, result.state, account, stats, watch, lag, graphs):
+        for turn in rounds(setup, schedule, result.state, account, stats, watch, lag, graphs):
             result.settle(turn)
-            bar.update(int(turn.step.sum()) - bar.n)
-            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.rounds.sum())):.2f}", refresh=False)
-    stats.take(account)
-    stats.seconds = watch.finish()
+            bar.update(int(turn.known.step.sum()) - bar.n)
+            bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
+        stats.take(account)
+        stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 
@@ -208,12 +210,11 @@ def ancestral_sample(
     chain = Chain.begin(request)
     result = _Result(request, chain.state, model, callback_on_step_end, return_trajectory)
     watch = Stopwatch(request.seed.device)
-    # what the host reads and draws, it does for a block of steps; the kernels make noise faster than they could read it
     block = max(1, _NOISE_BLOCK // chain.state.numel())
+    # the kernels make noise faster than they could read it, and a graph makes its own
     stored = resolve(impl, request.seed.device) == "reference" and not captured
-    under_way: deque[Progress] = deque()
     begin = time.perf_counter()
-    with target.compile() if compile else nullcontext():
+    with request.running(compile=compile):
         graph = AncestralGraph.of(request, impl) if captured else None
         account = graph.account if graph else Account(stats.steps, request.seed)
         for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
@@ -227,14 +228,11 @@ def ancestral_sample(
                 chain = step_on(chain, request, noise[:, k % block] if stored else None, impl, watch)
                 account.add_step(chain.step, chain.state)
             stats.count_forward(request.batch, target.forward_batch(request.guided))
-            if (k + 1) % block == 0:
-                under_way.append(Progress(account))
-                # a GPU's last block is looked at while it is at the next
-                if len(under_way) > (1 if request.seed.device.type == "cuda" else 0):
-                    check_finite(under_way.popleft().read(), stats.drafter, process)
+            # a GPU is asked at the end, rather than waited for
+            if k + 1 == process.num_steps or (stored and (k + 1) % block == 0):
+                check_finite(Report(account).read(), stats.drafter, process)
             result.settle_all(k, chain.state)
-        check_finite(Progress(account).read(), stats.drafter, process)
-    stats.seconds = watch.finish()
+        stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 

@@ -1,4 +1,4 @@
-"""What a run cost and how its drafts fared."""
+"""What a run cost and how its drafts fared: added up where the samples are, read by the host, reported."""
 
 from __future__ import annotations
 
@@ -137,25 +137,51 @@ class Account:
         self.progress[2] = torch.where(finite, self.progress[2], torch.minimum(self.progress[2], step - 1))
 
 
-class Progress:
-    """An account's progress on its way to the host, which waits for it only when it reads it."""
+@dataclass
+class Known:
+    """What the host knows of an account."""
+
+    step: np.ndarray
+    """int64 [B]: steps settled."""
+    rounds: np.ndarray
+    """int64 [B]."""
+    broke: np.ndarray
+    """int64 [2, B]: the first step that the model's and that the drafter's fault is, else S."""
+    tested: np.ndarray
+    """float64 [S]."""
+    accepted: np.ndarray
+    """float64 [S]."""
+
+    @classmethod
+    def nothing(cls, batch: int, num_steps: int) -> Known:
+        """Before the first round."""
+        zeros = np.zeros((2, batch), np.int64)
+        return cls(zeros[0], zeros[1], zeros + num_steps, np.zeros(num_steps), np.zeros(num_steps))
+
+
+class Report:
+    """An account on its way to the host, which waits for it only when it reads it."""
 
     def __init__(self, account: Account) -> None:
         self._arrived: torch.cuda.Event | None = None
-        values = account.progress
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
+        self._progress, self._by_step = _sent(account.progress), _sent(account.by_step)
+        if account.progress.device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        else:
-            self._values = values.clone()
 
-    def read(self) -> np.ndarray:
-        """int64 [4, B], rows as in :attr:`Account.progress`."""
+    def read(self) -> Known:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._values.numpy()
+        progress = self._progress.numpy()
+        tested, accepted, _ = self._by_step.numpy().T
+        return Known(progress[0], progress[1], progress[2:], tested, accepted)
+
+
+def _sent(values: torch.Tensor) -> torch.Tensor:
+    """A copy on the host; from CUDA it arrives later, and nobody waits."""
+    if values.device.type != "cuda":
+        return values.clone()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 @dataclass
@@ -164,7 +190,8 @@ class SamplingStatistics:
 
     steps: int
     """S."""
-    window: int
+    window: int | str
+    """W; ``"auto"`` and ``"plan"`` took windows of several widths."""
     drafter: str
     """``"none"`` for the ancestral sampler."""
     rounds: np.ndarray
@@ -177,6 +204,8 @@ class SamplingStatistics:
     """How many forwards had how many states."""
     draft_calls: int = 0
     """Windows proposed."""
+    windows: Counter[int] = field(default_factory=Counter)
+    """How many rounds had windows of how many states."""
     tested: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [S]: acceptance tests by step."""
     accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -236,6 +265,12 @@ class SamplingStatistics:
         """Standard error of :attr:`total_variation_bound`; NaN of a single sample."""
         return total_variation(self.excess_acceptance, self.divergence)[1]
 
+    def count_round(self, window: int, states: int, limit: int | None) -> None:
+        """A round of ``window`` states a sample, ``states`` in all, at most ``limit`` a forward."""
+        self.draft_calls += 1
+        self.windows[window] += 1
+        self.count_forward(states, limit)
+
     def count_forward(self, states: int, limit: int | None) -> None:
         """An evaluation of ``states`` states, at most ``limit`` a forward."""
         self.target_evaluations += states
@@ -288,6 +323,7 @@ class SamplingStatistics:
             "forwards": self.forwards,
             "forward_batch_sizes": {str(size): count for size, count in sorted(self.forward_batch_sizes.items())},
             "draft_calls": self.draft_calls,
+            "windows": {str(window): count for window, count in sorted(self.windows.items())},
             "tested": self.tested.tolist(),
             "accepted": self.accepted.tolist(),
             "mean_delta": [None if np.isnan(value) else value for value in self.mean_delta.tolist()],

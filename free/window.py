@@ -42,12 +42,21 @@ class Setup:
     """None is exact."""
 
     @classmethod
-    def of(cls, request: Request, drafter: Drafter, window: int, impl: str, relaxation: Relaxation | None = None) -> Setup:
-        """Windows of at most ``window`` states, shapes as the device likes them."""
+    def of(
+        cls,
+        request: Request,
+        drafter: Drafter,
+        widest: int,
+        impl: str,
+        reach: torch.Tensor | None = None,
+        relaxation: Relaxation | None = None,
+    ) -> Setup:
+        """Windows of at most ``widest`` states, shapes as the device likes them."""
         process = request.process
         # a window ends at a step that is never drafted: the last one, or one without noise
+        reach = process.exact_step if reach is None else reach
         static_shapes = request.seed.device.type == "cuda"
-        return cls(request, drafter, min(window, process.num_steps), process.exact_step, static_shapes, impl, relaxation)
+        return cls(request, drafter, min(widest, process.num_steps), reach, static_shapes, impl, relaxation)
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Runs:
 def run_demo(
     *,
     steps: int,
-    window: int,
+    window: int | str,
     guidance_scale: float,
     drafter: str,
     per_class: int,
@@ -85,7 +85,10 @@ def run_demo(
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
     ancestral: list[SamplingOutput] = []
     speculative: list[SamplingOutput] = []
-    speculative_sample(model, chosen, class_labels=0, num_inference_steps=min(steps, 20), window=window)  # warm-up
+    # warm-up, which also times the rounds that automatic windows are chosen by
+    speculative_sample(
+        model, chosen, class_labels=0, num_inference_steps=min(steps, 20), guidance_scale=guidance_scale, window=window
+    )
     # the two take turns, so that a busy machine slows both
     for i, label in enumerate(tqdm(labels.tolist(), desc="digits, one at a time", unit="sample")):
         ancestral.append(

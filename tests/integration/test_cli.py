@@ -38,6 +38,8 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["dream"], "invalid choice: 'dream'"),
         (["demo", "--steps", "0"], "0 is not 1 or more"),
         (["demo", "--steps", "many"], "invalid"),
+        (["demo", "--window", "0"], "0 is not 1 or more"),
+        (["demo", "--window", "wide"], "invalid"),
         (["demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["calibrate"], "the following arguments are required: --output-dir"),
         (["compare", "--windows", "0"], "0 is not 1 or more"),
@@ -85,8 +87,9 @@ def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest
     ancestral = next(line.split() for line in lines if line.strip().startswith("ancestral"))
     assert ancestral[1:4] == ["20.0", "1.00", "20.0"]
     speculative = next(line.split() for line in lines if line.strip().startswith("speculative, hold-x0"))
-    assert 20 / 8 <= float(speculative[2]) < 20
+    assert 1 <= float(speculative[2]) < 20
     assert float(speculative[3]) > 1
+    assert "W=auto" in printed
     assert str(picture) in printed
     assert picture.read_bytes().startswith(PNG)
     assert [file.name for file in tmp_path.iterdir()] == ["digits.png"]

@@ -14,6 +14,7 @@ from free.capture import Graphs
 from free.drafters import as_drafter
 from free.loop import rounds
 from free.request import check_request
+from free.schedule import FixedWindow
 from free.statistics import Account, SamplingStatistics, Stopwatch
 from free.window import Setup
 from tests.analytic import ElementwiseTarget
@@ -58,7 +59,7 @@ def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError):
                 state.sum().item()  # the mode does see one
-        for _ in rounds(setup, state, account, stats, watch, 1, graphs):
+        for _ in rounds(setup, FixedWindow(setup.widest), state, account, stats, watch, 1, graphs):
             pass
         torch.cuda.set_sync_debug_mode("default")
         assert torch.isfinite(state).all()

@@ -18,6 +18,7 @@ from free.capture import Graphs
 from free.drafters import as_drafter
 from free.loop import Turn, rounds
 from free.request import Request, check_request
+from free.schedule import FixedWindow
 from free.statistics import Account, SamplingStatistics, Stopwatch
 from free.window import Setup, advance, first_window
 from tests.unit.helpers import GaussianModel, Recorder
@@ -128,7 +129,7 @@ def run_loop(
     stats = SamplingStatistics(steps, setup.widest, setup.drafter.name, np.zeros(request.batch, np.int64))
     account = Account(steps, request.seed) if graphs is None else graphs.account
     state = request.initial_state()
-    seen = list(rounds(setup, state, account, stats, Stopwatch(CPU), lag, graphs))
+    seen = list(rounds(setup, FixedWindow(setup.widest), state, account, stats, Stopwatch(CPU), lag, graphs))
     stats.take(account)
     return seen, state, stats
 
