@@ -1,27 +1,31 @@
-"""Latency curves from the rows: ``python -m benchmarks.draw``. Needs matplotlib.
+"""Figures, and the README's performance section, from the rows: ``python -m benchmarks.draw``. Needs matplotlib.
 
-One figure for each device that has rows, ``results/kernels-<device>.png``; the newest row of each measurement counts.
+``results/kernels-<device>.png`` and, of GPUs, ``results/gpu-<what>-<device>.png`` for each device that has rows; the newest
+row of each measurement counts.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import draw_gpu, figure_path
+from benchmarks.readme import write_performance
 from benchmarks.rows import RESULTS, read_rows
 
 _STYLES = {"triton": ("C0", "o"), "compile": ("C1", "s"), "eager": ("C3", "^")}
 
 
 def main() -> int:
-    rows = [row for row in read_rows("kernels") if row["benchmark"] == "kernel"]
-    if not rows:
-        print("no rows yet: run `pytest benchmarks/test_kernels.py` first", file=sys.stderr)
-        return 1
-    for device in sorted({row["device"] for row in rows}):
-        print(draw(device, [row for row in rows if row["device"] == device]).name)
+    for name, figures in (("kernels", lambda device, rows: [draw(device, rows)]), ("gpu", draw_gpu)):
+        rows = read_rows(name)
+        if not rows:
+            print(f"no rows in {name}.jsonl yet", file=sys.stderr)
+        for device in sorted({row["device"] for row in rows}):
+            for path in figures(device, [row for row in rows if row["device"] == device]):
+                print(path.name)
+    write_performance()
     return 0
 
 
@@ -63,7 +67,7 @@ def draw(device: str, rows: list[dict[str, Any]], results: Path = RESULTS) -> Pa
     figure.supylabel("median, µs")
     panels[0][0].legend(fontsize=7)
     figure.suptitle(f"{device}; bfloat16 outputs, guidance")
-    path = results / f"kernels-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}.png"
+    path = figure_path("kernels", device, results)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -52,3 +52,27 @@ def test_parallel_efficiency_on_digits(benchmark: pytest.FixtureRequest, drafter
                           "guidance_scale": 1.5, "samples": len(labels), "parallel_efficiency": stats.parallel_efficiency,
                           "standard_error": error})  # fmt: skip
     print(f"\n{drafter}, S={steps}, W={window}: {stats.parallel_efficiency:.2f} ± {error:.2f}")
+
+
+@pytest.mark.parametrize("window", ["auto", 8])
+def test_seconds_of_a_sample_on_digits(benchmark: pytest.FixtureRequest, window: int | str) -> None:
+    """One sample at a time, guidance 1.5, the ancestral sampler and the speculative one in turn."""
+    target = free.as_target(load_digits_dit())
+    seconds: dict[str, list[float]] = {"ancestral": [], "speculative": []}
+    seeds = iter(range(10**6))
+
+    def run() -> None:
+        seed = next(seeds)
+        common = {"class_labels": seed % NUM_CLASSES, "guidance_scale": 1.5, "num_inference_steps": 250, "seed": seed}
+        seconds["ancestral"].append(free.ancestral_sample(target, **common).stats.total_seconds)
+        seconds["speculative"].append(free.speculative_sample(target, window=window, **common).stats.total_seconds)
+
+    run()  # warms up, and measures what the automatic window chooses from
+    for values in seconds.values():
+        values.clear()
+    benchmark.pedantic(run, rounds=RUNS)
+    ancestral, speculative = (statistics.median(values) for values in seconds.values())
+    write_row("sampler", {"benchmark": "seconds a sample, digits", "drafter": "hold-x0", "steps": 250, "window": window,
+                          "batch": 1, "guidance_scale": 1.5, "runs": RUNS, "ancestral_seconds_median": ancestral,
+                          "seconds_median": speculative, "speedup": ancestral / speculative})  # fmt: skip
+    print(f"\nW={window}: {speculative:.3f} s, ancestral {ancestral:.3f} s, {ancestral / speculative:.2f}x")

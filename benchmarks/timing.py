@@ -1,4 +1,4 @@
-"""Medians of device time (of wall time without a device), with inputs that are not in the cache."""
+"""Medians of device time (of wall time without a device), with inputs that are not in the cache if not said otherwise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ REPEATS = 50
 _FLUSH_BYTES = 2**28  # several times the last-level cache of any device at hand
 
 
-def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
-    """The median over ``repeats`` calls, after one that is not counted."""
+def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS, flush: bool = True) -> float:
+    """The median over ``repeats`` calls, after one that is not counted; without ``flush`` one follows on the other."""
     run()
     if device.type != "cuda":
         times = []
@@ -23,10 +23,10 @@ def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: i
             run()
             times.append(1e6 * (time.perf_counter() - begin))
         return statistics.median(times)
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    scratch = torch.empty(_FLUSH_BYTES if flush else 0, dtype=torch.int8, device=device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin_event, end_event in events:
-        flush.zero_()
+        scratch.zero_()
         begin_event.record()
         run()
         end_event.record()

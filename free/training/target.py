@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ class TargetTrainingConfig:
     ema_decay: float = 0.999
     label_dropout: float = 0.1
     seed: int = 0
+    max_seconds: float = math.inf
+    """The training ends here if it has not before, at whatever learning rate the schedule had come to."""
+    autocast: bool = False
+    """Matrix products in bfloat16."""
 
 
 def train_target(
@@ -38,7 +43,7 @@ def train_target(
     """Train a DiT by denoising (epsilon prediction, linear betas) and save its EMA weights in float16.
 
     Args:
-        make_model: builds the model; called after the seed is set.
+        make_model: builds the model, on the device it is trained on; called after the seed is set.
         draw_batch: from n to n clean samples, float32 [n, channels, size, size] in [-1, 1], and labels, int64 [n].
         output_dir: folder for ``config.json`` and the safetensors file.
         config: training settings.
@@ -59,19 +64,24 @@ def train_target(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.num_steps)
     ema = EMAModel(model.parameters(), decay=config.ema_decay)
+    device, betas = model.device, noise_schedule.betas.to(model.device)
+    begin = time.perf_counter()
     steps = tqdm(range(config.num_steps), desc="training", disable=not progress)
     for iteration in steps:
+        if time.perf_counter() - begin > config.max_seconds:
+            break
         clean, label = draw_batch(config.batch_size)
         label = torch.where(torch.rand(config.batch_size) < config.label_dropout, null_class, label)
         timestep = torch.randint(noise_schedule.config.num_train_timesteps, (config.batch_size,))
+        clean, label, timestep = clean.to(device), label.to(device), timestep.to(device)
         noise = torch.randn_like(clean)
         noisy = noise_schedule.add_noise(clean, noise, timestep)
-        output = model(noisy, timestep, label).sample
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+            output = model(noisy, timestep, label).sample.float()
         channels = clean.shape[1]
         predicted, variance = output[:, :channels], output[:, channels:]
         loss = torch.nn.functional.mse_loss(predicted, noise)
         if variance.numel():
-            betas = noise_schedule.betas
             loss = loss + variance_loss(clean, noisy, predicted.detach(), variance, timestep, betas)
         if iteration % 100 == 0:
             if not torch.isfinite(loss):

@@ -1,0 +1,245 @@
+"""The README's performance section, written from the rows: ``python -m benchmarks.readme`` (and ``benchmarks.draw``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.end_to_end import BENCHMARK
+from benchmarks.figures import figure_path
+from benchmarks.latency import BEST
+from benchmarks.models import GUIDANCE
+from benchmarks.record import matches
+from benchmarks.rows import read_rows
+from free.rows import ROOT
+
+README = ROOT / "README.md"
+BEGIN = "<!-- performance: written by `python -m benchmarks.draw` from the rows in benchmarks/results -->"
+END = "<!-- end of performance -->"
+
+_NAMES = ("gpu", "sampler", "compare")
+_SHOWN_WINDOWS = (8, 32)
+_WIDE = (4, 8, 16, 32, 64)
+_NO_GPU = (
+    "No rows of a GPU are there yet: all that follows was measured on a CPU, and says nothing about the seconds that a GPU "
+    "takes."
+)
+_SHARES = ("DiT-XL/2", "DiT-S/2")
+
+Row = dict[str, Any]
+Rows = Sequence[Row]
+
+
+def write_performance(readme: Path = README) -> None:
+    """Put :func:`performance` of the committed rows between the README's marks.
+
+    Raises:
+        ValueError: the README has no such marks.
+    """
+    before, _, after = split(readme.read_text(encoding="utf-8"))
+    readme.write_text(f"{before}{performance(committed_rows())}{after}", encoding="utf-8")
+
+
+def committed_rows() -> dict[str, list[Row]]:
+    """By file."""
+    return {name: read_rows(name) for name in _NAMES}
+
+
+def split(text: str) -> tuple[str, str, str]:
+    """What is before, between and behind the marks."""
+    before, begin, rest = text.partition(f"{BEGIN}\n")
+    between, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README lacks {BEGIN!r} or {END!r}")
+    return before + begin, between, end + after
+
+
+def performance(rows: Mapping[str, Rows]) -> str:
+    """Markdown, each number with its device, batch and baseline."""
+    gpu = [row for row in rows["gpu"] if "skipped" not in row and not row.get("toy")]
+    return "\n" + "\n\n".join([*(_gpu(gpu) if gpu else [_NO_GPU]), *_cpu(rows)]) + "\n\n"
+
+
+def _gpu(rows: Rows) -> Iterator[str]:
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == device]
+        yield from _end_to_end(device, own)
+        yield from _break_even(device, own)
+        yield from _share(device, own)
+        yield from _projection(device, own)
+
+
+def _end_to_end(device: str, rows: Rows) -> Iterator[str]:
+    latest = _newest(
+        [row for row in rows if row["benchmark"] == BENCHMARK and row["sampler"] == "speculative"],
+        "model", "batch", "steps", "drafter", "window",
+    )  # fmt: skip
+    if not latest:
+        return
+    first = latest[0]
+    yield (
+        f"Seconds a sample on one {device} (torch {first['torch']}, {first['dtype']}), S = {first['steps']}, guidance "
+        f"{first['guidance_scale']}: speculative sampling, {first['implementation']}, of DiTs trained for minutes on 32×32 "
+        "photo patches. The baselines are the ancestral sampler, eager as in diffusers' pipeline, and at its best "
+        f"({first['implementation']}), in the same run; the bound is the most that the measured T(W) and acceptance allow "
+        "over the latter, were drafting and verifying free. 1.00x is as fast as the baseline, less is slower."
+    )
+    bounds = {(row["model"], row["batch"]): row["bound"] for row in rows if row["benchmark"] == "bound"}
+    lines = []
+    for row in latest:
+        bound = bounds.get((row["model"], row["batch"]))
+        lines.append((
+            row["model"], row["batch"], row["drafter"], row["window"], f"{row['parallel_efficiency']:.2f}",
+            f"{row['seconds_per_sample']:.3g}", f"{row['speedup']['eager']:.2f}x",
+            f"{row['speedup'][row['implementation']]:.2f}x", f"{bound:.2f}x" if bound else "-",
+        ))  # fmt: skip
+    yield _table(
+        (
+            "model",
+            "batch",
+            "drafter",
+            "W",
+            "S / rounds",
+            "seconds",
+            "over eager",
+            f"over {first['implementation']}",
+            "bound",
+        ),
+        lines,
+    )
+    yield _image("gpu-speedup", "speed-up by batch", device)
+    yield _image("gpu-break-even", "rounds saved against what a round costs", device)
+
+
+def _break_even(device: str, rows: Rows) -> Iterator[str]:
+    latest = _newest(
+        [row for row in rows if matches(row, benchmark="forward", implementation=BEST, guidance_scale=GUIDANCE)],
+        "model", "batch", "window",
+    )  # fmt: skip
+    taken = {(row["model"], row["batch"], row["window"]): row["seconds_median"] for row in latest}
+    groups = [(model, batch) for model, batch, window in taken if window == 1]
+    if groups:
+        yield (
+            f"Where the break-even lies on one {device}: what a forward over W states takes beside one over a single state, "
+            f"T(W) / T(1), target alone, {BEST}, guidance {GUIDANCE}. Speculation pays where S / rounds is more."
+        )
+        lines = [
+            (
+                *group,
+                f"{1e3 * taken[(*group, 1)]:.2f}",
+                *(
+                    f"{taken[(*group, window)] / taken[(*group, 1)]:.2f}" if (*group, window) in taken else "-"
+                    for window in _WIDE
+                ),
+            )
+            for group in groups
+        ]
+        yield _table(("model", "batch", "T(1), ms", *(f"W = {window}" for window in _WIDE)), lines)
+        yield _image("gpu-latency", "T(W)", device)
+
+
+def _share(device: str, rows: Rows) -> Iterator[str]:
+    latest = _newest(
+        [row for row in rows if matches(row, benchmark="share of a round", implementation=BEST) and row["model"] in _SHARES],
+        "model", "batch", "drafter",
+    )  # fmt: skip
+    if latest:
+        yield f"Where a round goes on one {device}, {BEST}, beside the target's forward alone (100 % is the round):"
+        yield _table(
+            ("model", "batch", "drafter", "W", "round, ms", "drafting", "beside forward and drafting"),
+            [
+                (
+                    row["model"],
+                    row["batch"],
+                    row["drafter"],
+                    row["window"],
+                    f"{1e3 * row['seconds_round']:.2f}",
+                    f"{row['share_draft']:.1%}",
+                    f"{row['share_outside']:.1%}",
+                )
+                for row in latest
+            ],
+        )
+
+
+def _projection(device: str, rows: Rows) -> Iterator[str]:
+    latest = _newest([row for row in rows if row["benchmark"] == "projection"], "model", "batch", "window", "gpus")
+    latest = [row for row in latest if row["batch"] == 1]
+    if latest:
+        yield (
+            f"A projection, not a measurement: W states split over several {device}, from T(W / n) on one of them, "
+            f"communication left out; over the ancestral sampler on one ({BEST}), batch 1:"
+        )
+        lines = [
+            (row["model"], row["batch"], row["drafter"], row["window"], row["gpus"], f"{row['projected_speedup']:.2f}x")
+            for row in latest
+        ]
+        yield _table(("model", "batch", "drafter", "W", "GPUs", "projected"), lines)
+
+
+def _cpu(rows: Mapping[str, Rows]) -> Iterator[str]:
+    efficiency = _newest(
+        [
+            row
+            for row in rows["compare"]
+            if matches(row, model="digits", guidance_scale=1.5)
+            and row["drafter"].startswith("hold")
+            and row["window"] in _SHOWN_WINDOWS
+            and row.get("strength", 0) == 0
+            and row.get("variance", "posterior") == "posterior"
+            and row.get("stochasticity", 1) == 1
+        ],
+        "device", "drafter", "steps", "window",
+    )  # fmt: skip
+    if efficiency:
+        yield "Rounds of the digits DiT, guidance 1.5, drafters that need no training (the device hardly changes them):"
+        lines = [
+            (
+                row["drafter"],
+                row["steps"],
+                row["window"],
+                row["batch_size"],
+                f"{row['steps']} rounds",
+                f"{row['rounds']:.1f} rounds",
+                f"{row['parallel_efficiency']:.2f}",
+                row["device"],
+            )
+            for row in efficiency
+        ]
+        yield _table(("drafter", "S", "W", "batch", "ancestral", "speculative", "S / rounds", "device"), lines)
+    seconds = _newest(
+        [row for row in rows["sampler"] if row["benchmark"] == "seconds a sample, digits"], "device", "batch", "window"
+    )
+    if seconds:
+        yield "Seconds a sample of the digits DiT, guidance 1.5, hold-x0, medians of both samplers in turn:"
+        lines = [
+            (
+                row["steps"],
+                row["window"],
+                row["batch"],
+                f"{row['ancestral_seconds_median']:.3f}",
+                f"{row['seconds_median']:.3f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['device']}, {row['threads']} threads",
+            )
+            for row in seconds
+        ]
+        yield _table(("S", "W", "batch", "ancestral", "speculative", "speed-up", "device"), lines)
+
+
+def _newest(rows: Rows, *names: str) -> list[Row]:
+    """The last row for each combination of these values, in the order in which they first appeared."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def _image(kind: str, words: str, device: str) -> str:
+    return f"![{words}, {device}](benchmarks/results/{figure_path(kind, device).name})"
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *lines))
+
+
+if __name__ == "__main__":
+    write_performance()
