@@ -48,20 +48,24 @@ def _draw(path: Path, title: str, benchmark: str, rows: Rows, panel: Callable[[A
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
     models = list(dict.fromkeys(row["model"] for row in rows if row["benchmark"] == benchmark))
     figure, panels = plt.subplots(
-        1, len(models), figsize=(max(4.0, 3.4 * len(models)), 3.8), sharey=True, squeeze=False, layout="constrained"
+        1, len(models), figsize=(2.5 + 3.0 * len(models), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, model in zip(panels.flat, models, strict=True):
         panel(axes, [row for row in rows if row["model"] == model and row.get("guidance_scale", GUIDANCE) == GUIDANCE])
-        axes.set(title=model, yscale="log")
+        axes.set(title=model)
         axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid(alpha=0.3)
     handles = {
         label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    panels.flat[-1].legend(handles.values(), handles.keys(), fontsize=6)
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside right upper")
     figure.supxlabel(x)
     figure.supylabel(y)
     figure.suptitle(title)
@@ -125,6 +129,7 @@ def _break_even(axes: Any, rows: Rows) -> None:
                 [row["parallel_efficiency"] for row in reached.values()],
                 color=color,
                 marker=marker,
+                mfc="none",
                 ls="",
                 label=f"S / rounds, batch {batch}, {drafter}",
             )

@@ -26,11 +26,12 @@ from benchmarks import end_to_end, latency, projection
 from benchmarks.models import B2, L2, S2, XL2, XL2_512, Recipe, Size
 from benchmarks.record import Record
 from benchmarks.rows import RESULTS
+from free.rows import ROOT
 from free.schedule import WINDOWS
 from free.training import TargetTrainingConfig
 
 PARTS = ("windows", "share", "end-to-end", "projection")
-_WEIGHTS = Path("build/benchmarks")  # of the trained models, for --resume
+_WEIGHTS = ROOT / "build" / "benchmarks"  # of the trained models, for --resume
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="all if left out")
     parser.add_argument("--models", nargs="+", choices=Scale().models, help="all if left out")
-    parser.add_argument("--minutes", type=float, default=7.5, help="a part begins nothing after these")
+    parser.add_argument("--minutes", type=float, default=7, help="a part begins nothing after these")
     parser.add_argument("--resume", action="store_true", help="leave out what the rows hold; reuse trained models")
     parser.add_argument("--results", type=Path, default=None, metavar="FOLDER", help="of the rows")
     parser.add_argument(

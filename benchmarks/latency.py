@@ -21,8 +21,8 @@ BEST = IMPLEMENTATIONS[0]
 NO_GRAPHS = "captured needs CUDA"
 
 _SLOWEST = 0.4  # seconds of a forward: beyond, the device has long been full, and T(W) is a straight line
-_SECONDS = 0.4  # spent on one measurement, about
-_FEWEST, _MOST = 3, 30  # repeats of it
+_SECONDS = 0.2  # spent on one measurement, about
+_FEWEST, _MOST = 3, 20  # repeats of it
 
 
 def best(device: torch.device) -> str:

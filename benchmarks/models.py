@@ -82,7 +82,8 @@ def trained(recipe: Recipe, device: torch.device, folder: Path) -> tuple[DiTTarg
 
     def build() -> DiTTransformer2DModel:
         with device:
-            return recipe.size.build(3, len(PHOTOGRAPHS), PATCH)
+            model = recipe.size.build(3, len(PHOTOGRAPHS), PATCH)
+        return torch.nn.Module.to(model, device)
 
     where = folder / recipe.size.name.replace("/", "-")
     if not (where / "target" / "config.json").is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import RESULTS, read_rows, write_row
-from free.rows import device_name
+from free.rows import environment
 
 OUT_OF_TIME = "no time left in this part; --resume takes it up again"
 
@@ -26,6 +26,7 @@ class Record:
 
     def __init__(self, name: str, *, toy: bool, resume: bool, minutes: float, results: Path = RESULTS) -> None:
         self.name, self.toy, self.resume, self.minutes, self.results = name, toy, resume, minutes, results
+        self.measured_on = environment()
         self.rows: list[dict[str, Any]] = []
         """Of this run."""
         self.begin()
@@ -40,7 +41,7 @@ class Record:
 
     def write(self, **values: Any) -> dict[str, Any]:
         """Append a row, and print it."""
-        row = write_row(self.name, {**values, "toy": True} if self.toy else values, self.results)
+        row = write_row(self.name, {**values, "toy": True} if self.toy else values, self.results, self.measured_on)
         self.rows.append(row)
         print("  ".join(f"{name} {_short(value)}" for name, value in values.items()), flush=True)
         return row
@@ -56,8 +57,7 @@ class Record:
 
     def all(self) -> list[dict[str, Any]]:
         """Rows of this and earlier runs on this device, oldest first."""
-        device = device_name()
-        return [row for row in read_rows(self.name, self.results) if row["device"] == device]
+        return [row for row in read_rows(self.name, self.results) if row["device"] == self.measured_on["device"]]
 
 
 def newest(rows: Sequence[dict[str, Any]], **key: Any) -> dict[str, Any] | None:

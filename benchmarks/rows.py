@@ -10,10 +10,15 @@ from free import rows
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_row(name: str, values: dict[str, Any], results: Path = RESULTS) -> dict[str, Any]:
-    """Append ``values`` and what they were measured on to ``results/<name>.jsonl``; returns the row."""
+def write_row(
+    name: str, values: dict[str, Any], results: Path = RESULTS, measured_on: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Append ``values`` and what they were measured on to ``results/<name>.jsonl``; returns the row.
+
+    ``measured_on`` is :func:`free.rows.environment` of a long run, asked once.
+    """
     results.mkdir(exist_ok=True)
-    return rows.append_row(results / f"{name}.jsonl", values)
+    return rows.append_row(results / f"{name}.jsonl", values, measured_on)
 
 
 def read_rows(name: str, results: Path = RESULTS) -> list[dict[str, Any]]:
