@@ -14,6 +14,7 @@ Rows are appended to ``benchmarks/results/gpu.jsonl``.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from free.schedule import WINDOWS
 from free.training import TargetTrainingConfig
 
 PARTS = ("windows", "share", "end-to-end", "projection")
+_TRAINING_NEEDS = ("accelerate", "skimage", "sklearn")
 _WEIGHTS = ROOT / "build" / "benchmarks"  # of the trained models, for --resume
 
 
@@ -128,6 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.toy:
         print("there is no CUDA device; --toy is a dry run without one", file=sys.stderr)
+        return 1
+    missing = [name for name in _TRAINING_NEEDS if importlib.util.find_spec(name) is None]
+    if missing and "end-to-end" in options.part:
+        print(f"--part end-to-end needs {', '.join(missing)}: pip install 'free-dit[train]'", file=sys.stderr)
         return 1
     scale = TOY if options.toy else Scale()
     results = options.results or (Path(tempfile.mkdtemp()) if options.toy else RESULTS)

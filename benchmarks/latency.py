@@ -63,7 +63,7 @@ def forward_seconds(request: Request, implementation: str, windows: Sequence[int
                 taken = seconds_of(captured(forward) if is_captured(implementation) else forward, device, expected)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                yield window, "out of memory"
+                yield from ((wider, "out of memory") for wider in windows if wider >= window)
                 return
         before = window
         yield window, taken
