@@ -4,11 +4,12 @@
 sequential work.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from free.calibration import calibrate
 from free.drafters import (
     Anchor,
     Drafter,
-    FeatureDrafter,
     Fresh,
     HoldOutput,
     HoldX0,
@@ -29,6 +30,9 @@ from free.statistics import SamplingStatistics
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
 from free.variance import average_learned_variance
 from free.version import __version__
+
+if TYPE_CHECKING:
+    from free.drafters import FeatureDrafter
 
 __all__ = [
     "Anchor",
@@ -62,3 +66,11 @@ __all__ = [
     "plan_window",
     "speculative_sample",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FeatureDrafter":  # when it is asked for: diffusers' layers import triton
+        from free.drafters import FeatureDrafter
+
+        return FeatureDrafter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from free.sampling import speculative_sample
 from free.schedule import FixedWindow
 from free.statistics import Account, SamplingStatistics, Stopwatch, standard_error
 from free.window import Setup
-from free_kernels import guided, x0_estimate
+from free_kernels import guided
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -137,8 +137,7 @@ class _Sums:
         tested = column < (done.verification.advance - 1 + done.verification.rejected)[:, None]
         steps = (done.step[:, None] + column).clamp(max=process.num_steps - 1)
         anchor = situation.anchor(steps)
-        x0 = x0_estimate(anchor.state, anchor.output, anchor.step, process.table)
-        hold_x0 = (x0 - _column(process.x0_state_coef, steps) * done.states) / _column(process.x0_model_coef, steps)
+        hold_x0 = anchor.hold_x0(done.states, steps, process)
         row = tested.nonzero(as_tuple=True)
         step, age = steps[row], torch.bucketize((steps - anchor.step)[row], self.edges, right=True)
         # in units of the step's noise, in which a step is like its neighbours
@@ -200,10 +199,6 @@ def _smooth(sums: torch.Tensor, reach: int) -> torch.Tensor:
             result[distance:] += share * sums[:-distance]
             result[:-distance] += share * sums[distance:]
     return result
-
-
-def _column(column: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    return column[step].unsqueeze(-1)
 
 
 def _in_turn(class_labels: Any, count: int) -> Any:

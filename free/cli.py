@@ -42,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
     demo.add_argument("--window", type=_window, default="auto", help="states evaluated in one round, W, or auto")
     demo.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
-    demo.add_argument("--drafter", default="hold-x0", help="hold-x0, hold-output, or the folder of a learned one")
+    demo.add_argument(
+        "--drafter", nargs="+", default=["hold-x0", "learned"], metavar="DRAFTER",
+        help="hold-x0, hold-output, learned (the one that ships with the digits DiT), or a drafter's folder",
+    )  # fmt: skip
     demo.add_argument("--per-class", type=_positive, default=1, help="samples of each class")
     demo.add_argument("--seed", type=int, default=0, help="seed of the first sample")
     demo.add_argument("--output", type=Path, default=Path("free-dit-demo.png"), help="where the picture goes")
@@ -87,7 +90,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         window=arguments.window,
         guidance_scale=arguments.guidance_scale,
-        drafter=arguments.drafter,
+        drafters=arguments.drafter,
         per_class=arguments.per_class,
         seed=arguments.seed,
         output=arguments.output,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from free.drafters import Drafter, FeatureDrafter, LinearDrafter, Situation, as_drafter
+from free.drafters import Drafter, Fresh, LinearDrafter, Situation, as_drafter
+from free.drafters.feature import FeatureDrafter
 from free.loop import rounds
 from free.process import VARIANCES, ReverseProcess
 from free.quality import Judge, load_data
@@ -57,6 +58,9 @@ _KEY = (
 )
 # of rows that were written before these could be chosen
 _USUAL = {"variance": "posterior", "stochasticity": 1.0, "strength": 0.0}
+
+
+_FRESH, _SWEEPS = "fresh:", ":sweeps="
 
 
 @dataclass(frozen=True)
@@ -215,9 +219,7 @@ def compare(
     if judge is not None and samples < 3:
         raise ValueError(f"samples is {samples}; allowed is 3 or more, where data judges them")
     contenders = [
-        # a folder's own name: where it stands says nothing
-        _Contender(Path(word).name, drafter, _learned(drafter, target))
-        for word, drafter in zip(drafters, chosen, strict=True)
+        _Contender(_label(word), drafter, _learned(drafter, target)) for word, drafter in zip(drafters, chosen, strict=True)
     ]
     run = {
         "benchmark": "compare",
@@ -259,21 +261,41 @@ def compare(
 
 
 def drafter_of(word: str, device: str = "cpu") -> Drafter:
-    """The drafter that a word of the command line stands for: a name in :data:`free.drafters.DRAFTERS`, or the folder of a
-    calibrated or a trained one, which goes to ``device``.
+    """The drafter that a word of the command line stands for.
+
+    A name in :data:`free.drafters.DRAFTERS`, or the folder of a calibrated or a trained one, which goes to ``device``.
+    ``fresh:WORD`` hides abandoned states from it (:class:`free.Fresh`); ``FOLDER:sweeps=N`` sets a trained one's sweeps.
 
     Raises:
-        ValueError: an unknown name, or a folder that is not whole.
+        ValueError: an unknown name, a folder that is not whole, or sweeps where there are none to set.
     """
-    if not Path(word).is_dir():
-        return as_drafter(word)
+    if word.startswith(_FRESH):
+        return Fresh(drafter_of(word.removeprefix(_FRESH), device))
+    folder, found, sweeps = word.partition(_SWEEPS)
+    drafter = _drafter_in(folder, device) if Path(folder).is_dir() else as_drafter(folder)
+    if found:
+        if not isinstance(drafter, FeatureDrafter) or not sweeps.isdecimal():
+            raise ValueError(
+                f"drafter is {word!r}; allowed is {_SWEEPS}N after the folder of a trained drafter, N 0 or more"
+            )
+        drafter.sweeps = int(sweeps)
+    return drafter
+
+
+def _drafter_in(folder: str, device: str) -> Drafter:
     try:
-        name = json.loads((Path(word) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, TypeError, KeyError):
-        return LinearDrafter.from_pretrained(word)  # no model of diffusers, or no configuration: it says what is wrong
+        return LinearDrafter.from_pretrained(folder)  # no model of diffusers, or no configuration: it says what is wrong
     if name != FeatureDrafter.__name__:
-        raise ValueError(f"drafter in {word!r} is a {name}; allowed are a FeatureDrafter and a calibrated drafter")
-    return FeatureDrafter.from_pretrained(word).eval().to(device)
+        raise ValueError(f"drafter in {folder!r} is a {name}; allowed are a FeatureDrafter and a calibrated drafter")
+    return FeatureDrafter.from_pretrained(folder).eval().to(device)
+
+
+def _label(word: str) -> str:
+    """A word less the path of its folder: where it stands says nothing."""
+    fresh = _FRESH if word.startswith(_FRESH) else ""
+    return fresh + Path(word.removeprefix(_FRESH)).name
 
 
 def default_device() -> str:
@@ -471,6 +493,7 @@ def _count_flops(
 def _learned(drafter: Drafter, target: DiTTarget) -> list[torch.Tensor]:
     """The numbers that a drafter learned: parameters, and tensors that it holds itself; never the target's."""
     found: dict[int, torch.Tensor] = {}
+    drafter = drafter.drafter if isinstance(drafter, Fresh) else drafter
     for part in (drafter, *vars(drafter).values()):
         module = part.module if isinstance(part, Target) else part
         if isinstance(module, torch.nn.Module):

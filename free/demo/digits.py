@@ -1,13 +1,14 @@
 """The digits DiT: real data that ships with scikit-learn, a target small enough to live in the package, its training.
 
 The weights in ``free/demo/weights`` were made by :func:`train_digits_dit` with its defaults:
-``free-dit demo --retrain --weights free/demo/weights/digits_dit``.
+``free-dit demo --retrain --weights free/demo/weights/digits_dit``; those of its drafter by :data:`DRAFTER_COMMAND`.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +16,22 @@ from diffusers import DiTTransformer2DModel
 
 from free.training import TargetTrainingConfig, train_target
 
+if TYPE_CHECKING:
+    from free.drafters.feature import FeatureDrafter
+
 NUM_CLASSES = 10
+DRAFTER_COMMAND = (
+    "free-dit train-drafter --dataset digits --subset 1 --label_dropout 0 --num_inference_steps 250 50 --window 12 "
+    "--train_batch_size 24 --reuse 8 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 --ema_decay 0.998 "
+    "--max_train_steps 6000 --checkpointing_steps 1000 --checkpoints_total_limit 1 --validation_steps 6000 "
+    "--save_dtype float16 --report_to none --output_dir digits_drafter"
+)
+"""How the weights in ``free/demo/weights/digits_drafter`` were made."""
 
 
 def weights_path() -> Path:
     """The folder of the embedded weights (``config.json`` and safetensors)."""
-    return Path(str(resources.files("free.demo") / "weights" / "digits_dit"))
+    return _weights("digits_dit")
 
 
 def load_digits_dit(path: str | Path | None = None) -> DiTTransformer2DModel:
@@ -39,6 +50,13 @@ def load_digits_dit(path: str | Path | None = None) -> DiTTransformer2DModel:
         )
     model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     return model.eval()
+
+
+def load_digits_drafter() -> FeatureDrafter:
+    """The learned drafter of the package's digits DiT, float32, on the CPU."""
+    from free.drafters.feature import FeatureDrafter
+
+    return FeatureDrafter.from_pretrained(_weights("digits_drafter"), torch_dtype=torch.float32).eval()
 
 
 def digits_data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +98,10 @@ def train_digits_dit(
         return images[rows], labels[rows]
 
     return train_target(_untrained, draw_batch, output_dir, config, progress)
+
+
+def _weights(name: str) -> Path:
+    return Path(str(resources.files("free.demo") / "weights" / name))
 
 
 def _untrained() -> DiTTransformer2DModel:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from free.compare import drafter_of
 from free.demo.digits import (
     NUM_CLASSES,
     load_digits_dit,
+    load_digits_drafter,
     recognised,
     train_digits_dit,
 )
@@ -46,18 +50,20 @@ def run_demo(
     steps: int,
     window: int | str,
     guidance_scale: float,
-    drafter: str,
+    drafters: Sequence[str],
     per_class: int,
     seed: int,
     output: Path,
     weights: Path | None,
     retrain: bool,
     train_steps: int | None,
-) -> tuple[Runs, Runs]:
+) -> list[Runs]:
     """Draw ``per_class`` samples of each digit, one at a time, print the table and write the picture to ``output``.
 
+    ``drafters`` are words that :func:`free.compare.drafter_of` takes, or ``"learned"``, which ships with the digits DiT.
+
     Returns:
-        The ancestral runs and the speculative ones.
+        The ancestral runs, then those of each drafter.
 
     Raises:
         ImportError: the demo's extra is not installed.
@@ -70,7 +76,7 @@ def run_demo(
     except ImportError as error:
         raise ImportError(f"the demo needs {error.name}: pip install 'free-dit[demo]'") from error
     matplotlib.use("Agg")
-    chosen = drafter_of(drafter)
+    chosen = {word: load_digits_drafter() if word == "learned" else drafter_of(word) for word in drafters}
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output is {str(output)!r}, and its folder does not exist")
     if retrain:
@@ -83,36 +89,23 @@ def run_demo(
     model = load_digits_dit(weights)
 
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
-    ancestral: list[SamplingOutput] = []
-    speculative: list[SamplingOutput] = []
-    # warm-up, which also times the rounds that automatic windows are chosen by
-    speculative_sample(
-        model, chosen, class_labels=0, num_inference_steps=min(steps, 20), guidance_scale=guidance_scale, window=window
-    )
-    # the two take turns, so that a busy machine slows both
+    common: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    samplers: dict[str, Callable[..., SamplingOutput]] = {"ancestral": partial(ancestral_sample, model, **common)}
+    for word, one in chosen.items():
+        samplers[f"speculative, {Path(word).name}"] = partial(speculative_sample, model, one, window=window, **common)
+        # a warm-up, which also times the rounds that automatic windows are chosen by
+        speculative_sample(model, one, class_labels=0, window=window, **{**common, "num_inference_steps": min(steps, 20)})
+    outputs: dict[str, list[SamplingOutput]] = {name: [] for name in samplers}
+    # they take turns, so that a busy machine slows all alike
     for i, label in enumerate(tqdm(labels.tolist(), desc="digits, one at a time", unit="sample")):
-        ancestral.append(
-            ancestral_sample(
-                model, class_labels=label, num_inference_steps=steps, guidance_scale=guidance_scale, seed=seed + i
-            )
-        )
-        speculative.append(
-            speculative_sample(
-                model,
-                chosen,
-                class_labels=label,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                window=window,
-                seed=seed + i,
-            )
-        )
-    both = _gather("ancestral", ancestral, labels), _gather(f"speculative, {Path(drafter).name}", speculative, labels)
+        for name, sample in samplers.items():
+            outputs[name].append(sample(class_labels=label, seed=seed + i))
+    runs = [_gather(name, of_sampler, labels) for name, of_sampler in outputs.items()]
     print(f"\nDigits DiT, S={steps}, W={window}, guidance {guidance_scale}, {len(labels)} samples one at a time, CPU")
-    print(_table(both))
-    _draw(both, output)
+    print(_table(runs))
+    _draw(runs, output)
     print(f"\npicture: {output}")
-    return both
+    return runs
 
 
 def _gather(name: str, runs: list[SamplingOutput], labels: torch.Tensor) -> Runs:
@@ -131,7 +124,7 @@ def _gather(name: str, runs: list[SamplingOutput], labels: torch.Tensor) -> Runs
     )
 
 
-def _table(both: tuple[Runs, Runs]) -> str:
+def _table(runs: list[Runs]) -> str:
     header = ("sampler", "rounds", "efficiency", "forwards", "seconds", "speed-up", "recognised")
     rows = [
         (
@@ -140,32 +133,37 @@ def _table(both: tuple[Runs, Runs]) -> str:
             f"{run.parallel_efficiency:.2f}",
             f"{run.forwards:.1f}",
             f"{run.seconds:.3f}",
-            f"{both[0].seconds / run.seconds:.2f}x",
+            f"{runs[0].seconds / run.seconds:.2f}x",
             f"{run.recognised:.0%}",
         )
-        for run in both
+        for run in runs
     ]
     return "\n".join((*aligned([header, *rows]), "per sample; seconds are medians"))
 
 
-def _draw(both: tuple[Runs, Runs], output: Path) -> None:
+def _draw(runs: list[Runs], output: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 1, figsize=(8, 5), height_ratios=(1, 1, 2.2), layout="constrained")
-    for axis, run in zip(axes, both, strict=False):
+    heights = [1.0] * len(runs) + [2.2]
+    figure, axes = pyplot.subplots(
+        len(heights), 1, figsize=(8, 1.2 * sum(heights)), height_ratios=heights, layout="constrained"
+    )
+    for axis, run in zip(axes, runs, strict=False):
         grid = run.samples[:, 0].unflatten(0, (-1, NUM_CLASSES))  # [per class, 10, 8, 8]
         tiled = torch.nn.functional.pad(grid, (1, 1, 1, 1), value=-1.0).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
         axis.imshow(tiled.clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
         axis.set_title(f"{run.name}: {run.rounds:.0f} rounds, {run.seconds:.2f} s a sample", fontsize=10)
         axis.axis("off")
-    run = both[1]
-    bins = min(25, len(run.tested))
-    edges = np.linspace(0, len(run.tested), bins + 1).astype(int)
-    tested = np.add.reduceat(run.tested, edges[:-1])
-    accepted = np.add.reduceat(run.accepted, edges[:-1])
-    share = np.divide(accepted, tested, out=np.full(bins, np.nan), where=tested > 0)
-    axes[2].plot((edges[:-1] + edges[1:]) / 2, share, marker="o")
-    axes[2].set(xlabel="step (noise to data)", ylabel="drafts accepted", ylim=(0, 1.02), xlim=(0, len(run.tested)))
-    axes[2].grid(alpha=0.3)
+    for run in runs[1:]:
+        bins = min(25, len(run.tested))
+        edges = np.linspace(0, len(run.tested), bins + 1).astype(int)
+        tested = np.add.reduceat(run.tested, edges[:-1])
+        accepted = np.add.reduceat(run.accepted, edges[:-1])
+        share = np.divide(accepted, tested, out=np.full(bins, np.nan), where=tested > 0)
+        axes[-1].plot((edges[:-1] + edges[1:]) / 2, share, marker="o", label=run.name.removeprefix("speculative, "))
+    axes[-1].set(xlabel="step (noise to data)", ylabel="drafts accepted", ylim=(0, 1.02), xlim=(0, len(runs[0].tested)))
+    axes[-1].grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[-1].legend()
     figure.savefig(output, dpi=130)
     pyplot.close(figure)

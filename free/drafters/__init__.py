@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
-from free.drafters.feature import FeatureDrafter
 from free.drafters.fresh import Fresh
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
 from free.targets import Target
+
+if TYPE_CHECKING:
+    from free.drafters.feature import FeatureDrafter
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, HoldOutput.name: HoldOutput}
 """The drafters that need no weights, by name."""
@@ -50,3 +52,11 @@ def as_drafter(drafter: Any) -> Drafter:
     if isinstance(drafter, type) or not (callable(drafter) or isinstance(drafter, Target)):
         raise TypeError(f"drafter is a {type(drafter).__name__}; allowed are a name, a Drafter, or a model")
     return ModelDrafter(drafter)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FeatureDrafter":  # when it is asked for: diffusers' layers import triton
+        from free.drafters.feature import FeatureDrafter
+
+        return FeatureDrafter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
-from free.drafters import Anchor, FeatureDrafter, LastWindow
+from free.drafters import Anchor, LastWindow
+from free.drafters.feature import FeatureDrafter
 from free.drafters.hold import hold
 from free.process import ReverseProcess
 from free.request import Request

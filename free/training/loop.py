@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from free.compare import fingerprint, load_target
-from free.drafters import FeatureDrafter
+from free.drafters.feature import FeatureDrafter
 from free.targets import DiTTarget, as_target
 from free.training.checkpoint import Checkpoints, random_state, set_random_state
 from free.training.config import DrafterTrainingConfig, continued

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from free.drafters import FeatureDrafter
+from free.drafters.feature import FeatureDrafter
 from free.process import ReverseProcess
 from free.sampling import speculative_sample
 from free.statistics import standard_error

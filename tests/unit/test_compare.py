@@ -379,3 +379,32 @@ def test_a_line_that_is_no_row_is_named(small: dict[str, Any]) -> None:
         file.write('{"benchmark": \n')
     with pytest.raises(ValueError, match=r"compare\.jsonl' holds no JSON object in line 2"):
         compare(**small, resume=True)
+
+
+def test_words_for_fresh_noise_and_sweeps(small: dict[str, Any], dit: DiTTransformer2DModel, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    free.FeatureDrafter.from_target(dit).save_pretrained(trained)
+    assert drafter_of(f"{trained}:sweeps=3").sweeps == 3
+    assert drafter_of("fresh:hold-x0").name == "hold-x0, fresh noise"
+    words = ["hold-x0", "fresh:hold-x0", str(trained), f"fresh:{trained}:sweeps=0"]
+    rows = compare(**{**small, "windows": [4]}, drafters=words)
+    assert [row["drafter"] for row in rows] == ["hold-x0", "fresh:hold-x0", "trained", "fresh:trained:sweeps=0"]
+    parameters = [row["drafter_parameters"] for row in rows]
+    assert parameters[:2] == [0, 0]
+    assert parameters[2] == parameters[3] > 0
+    # untrained it drafts as hold-x0 does, once in the whole window or a step at a time
+    efficiency = [row["parallel_efficiency"] for row in rows]
+    assert efficiency[2] == efficiency[0]
+    assert efficiency[3] == efficiency[1]
+
+
+@pytest.mark.parametrize("word", ["hold-x0:sweeps=1", "fresh:hold-x0:sweeps=1"])
+def test_only_a_trained_drafter_has_sweeps(word: str) -> None:
+    with pytest.raises(ValueError, match="allowed is :sweeps=N after the folder of a trained drafter"):
+        drafter_of(word)
+
+
+def test_sweeps_are_a_number(dit: DiTTransformer2DModel, tmp_path: Path) -> None:
+    free.FeatureDrafter.from_target(dit).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sweeps=many"):
+        drafter_of(f"{tmp_path}:sweeps=many")

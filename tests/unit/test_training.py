@@ -136,6 +136,38 @@ def test_labels_are_dropped_before_the_target_sees_them(
     assert ((labels == 10) == (dropout == 1)).all()
 
 
+def test_a_round_is_learned_from_as_often_as_asked() -> None:
+    target = free.as_target(tiny_dit())
+    drafter = free.FeatureDrafter.from_target(target)
+    torch.manual_seed(0)
+    visited = VisitedWindows(target, target.default_process(10), 1.5, window=4, pool=2, reuse=3)
+    asked = []
+
+    def clean() -> torch.Tensor:
+        asked.append(1)
+        return torch.randn(2, 1, 8, 8)
+
+    draws = [visited.draw(drafter, clean, torch.zeros(2, dtype=torch.int64)) for _ in range(12)]
+    distinct = list({id(examples): examples for examples in draws}.values())
+    assert len(distinct) <= 5  # a first one, then one in three
+    assert all(id(examples) in map(id, visited.memory) for examples in distinct)
+    assert asked == [1]  # data is noised once, for the pool's beginning
+    # what is drawn next is a function of what is saved
+    other = VisitedWindows(target, target.default_process(10), 1.5, window=4, pool=2, reuse=3)
+    other.load_state_dict(visited.state_dict())
+    for _ in range(4):
+        state = torch.get_rng_state()
+        first = visited.draw(drafter, clean, torch.zeros(2, dtype=torch.int64))
+        torch.set_rng_state(state)
+        second = other.draw(drafter, clean, torch.zeros(2, dtype=torch.int64))
+        for one, two in (
+            (first.wanted, second.wanted),
+            (first.step, second.step),
+            (first.anchor.state, second.anchor.state),
+        ):
+            assert torch.equal(one, two)
+
+
 # --- validation
 
 
@@ -331,6 +363,7 @@ def test_a_random_state_is_continued(tmp_path: Path) -> None:
         {},
         {"states": "noised", "base": "none", "unroll": 2, "num_inference_steps": (10, 6), "lr_scheduler": "cosine"},
         {"use_ema": False, "gradient_accumulation_steps": 2, "num_inference_steps": (10, 6)},
+        {"reuse": 2},
     ],
 )
 def test_a_resumed_run_ends_as_if_never_stopped(changes: dict[str, Any], tmp_path: Path) -> None:
