@@ -22,6 +22,7 @@ NO_GRAPHS = "captured needs CUDA"
 
 _SLOWEST = 0.4  # seconds of a forward: beyond, the device has long been full, and T(W) is a straight line
 _SECONDS = 0.2  # spent on one measurement, about
+_ROUNDS = 2  # before one is timed: until there are anchors
 _FEWEST, _MOST = 3, 20  # repeats of it
 
 
@@ -164,8 +165,9 @@ def _of_a_round(setup: Setup) -> tuple[float, float, float]:
     """Seconds of the round, of the target's forward in it, and of its drafting."""
     request, device, silent = setup.request, setup.request.seed.device, Stopwatch(torch.device("cpu"))
     live = first_window(setup, request.initial_state())
-    for _ in range(2):  # until there are anchors
-        live, done = advance(live, setup, setup.widest, silent)
+    for _ in range(_ROUNDS):
+        live, _ = advance(live, setup, setup.widest, silent)
+    _, done = advance(live, setup, setup.widest, silent)
     situation, states, step, length = done.situation, done.states, done.step, done.length
 
     def forward() -> Any:
@@ -174,16 +176,15 @@ def _of_a_round(setup: Setup) -> tuple[float, float, float]:
     def draft() -> Any:
         return setup.drafter.propose(situation)
 
-    if device.type != "cuda":
-        return tuple(seconds_of(run, device) for run in (lambda: advance(live, setup, setup.widest, silent), forward, draft))  # type: ignore[return-value]
-    graphs = Graphs(setup)
+    graphs = Graphs(setup) if device.type == "cuda" else None
 
     def whole() -> None:
         nonlocal live
-        live, _ = graphs.advance(live, setup.widest, silent)
+        if graphs:
+            live, _ = graphs.advance(live, setup.widest, silent)
+        else:
+            advance(live, setup, setup.widest, silent)
 
-    return (
-        seconds_of(whole, device),
-        seconds_of(captured(forward), device),
-        seconds_of(captured(draft), device),
-    )
+    alone = [captured(run) if graphs else run for run in (forward, draft)]
+    seconds_round, seconds_target, seconds_draft = (seconds_of(run, device) for run in (whole, *alone))
+    return seconds_round, seconds_target, seconds_draft
