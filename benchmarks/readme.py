@@ -25,6 +25,10 @@ _NO_GPU = (
     "No rows of a GPU are there yet: all that follows was measured on a CPU, and says nothing about the seconds that a GPU "
     "takes."
 )
+_COMPARED = {
+    "digits": "the digits DiT (64 numbers a sample)",
+    "photo_dit": "the photo testbed's DiT (3072 numbers a sample)",
+}
 _SHARES = ("DiT-XL/2", "DiT-S/2")
 
 Row = dict[str, Any]
@@ -179,35 +183,8 @@ def _projection(device: str, rows: Rows) -> Iterator[str]:
 
 
 def _cpu(rows: Mapping[str, Rows]) -> Iterator[str]:
-    efficiency = _newest(
-        [
-            row
-            for row in rows["compare"]
-            if matches(row, model="digits", guidance_scale=1.5)
-            and row["drafter"].startswith("hold")
-            and row["window"] in _SHOWN_WINDOWS
-            and row.get("strength", 0) == 0
-            and row.get("variance", "posterior") == "posterior"
-            and row.get("stochasticity", 1) == 1
-        ],
-        "device", "drafter", "steps", "window",
-    )  # fmt: skip
-    if efficiency:
-        yield "Rounds of the digits DiT, guidance 1.5, drafters that need no training (the device hardly changes them):"
-        lines = [
-            (
-                row["drafter"],
-                row["steps"],
-                row["window"],
-                row["batch_size"],
-                f"{row['steps']} rounds",
-                f"{row['rounds']:.1f} rounds",
-                f"{row['parallel_efficiency']:.2f}",
-                row["device"],
-            )
-            for row in efficiency
-        ]
-        yield _table(("drafter", "S", "W", "batch", "ancestral", "speculative", "S / rounds", "device"), lines)
+    for model, words in _COMPARED.items():
+        yield from _efficiency(model, words, rows["compare"])
     seconds = _newest(
         [row for row in rows["sampler"] if row["benchmark"] == "seconds a sample, digits"], "device", "batch", "window"
     )
@@ -226,6 +203,42 @@ def _cpu(rows: Mapping[str, Rows]) -> Iterator[str]:
             for row in seconds
         ]
         yield _table(("S", "W", "batch", "ancestral", "speculative", "speed-up", "device"), lines)
+
+
+def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
+    latest = _newest(
+        [
+            row
+            for row in rows
+            if matches(row, model=model, guidance_scale=1.5)
+            and row["window"] in _SHOWN_WINDOWS
+            and row.get("strength", 0) == 0
+            and row.get("variance", "posterior") == "posterior"
+            and row.get("stochasticity", 1) == 1
+        ],
+        "device", "drafter", "steps", "window",
+    )  # fmt: skip
+    if not latest:
+        return
+    yield (
+        f"Rounds of {words}, guidance 1.5, where the ancestral sampler takes S (the device hardly changes them): means over the "
+        "samples with their standard error; and what drafting a window takes beside the target's forward over it:"
+    )
+    latest.sort(key=lambda row: (-row["steps"], row["window"]))
+    lines = [
+        (
+            row["drafter"],
+            row["steps"],
+            row["window"],
+            row["samples"],
+            f"{row['rounds']:.1f}",
+            f"{row['parallel_efficiency']:.2f} ± {row['standard_error']:.2f}",
+            f"{row['draft_milliseconds'] / row['target_milliseconds']:.1%}",
+            f"{row['device']}, batch {row['batch_size']}",
+        )
+        for row in latest
+    ]
+    yield _table(("drafter", "S", "W", "samples", "rounds", "S / rounds", "drafting", "device"), lines)
 
 
 def _newest(rows: Rows, *names: str) -> list[Row]:
