@@ -221,7 +221,7 @@ def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
     if not latest:
         return
     yield (
-        f"Rounds of {words}, guidance 1.5, where the ancestral sampler takes S (the device hardly changes them): means over the "
+        f"Rounds of {words}, guidance 1.5, where the ancestral sampler takes S (on any device, or nearly): means over the "
         "samples with their standard error; and what drafting a window takes beside the target's forward over it:"
     )
     latest.sort(key=lambda row: (-row["steps"], row["window"]))
