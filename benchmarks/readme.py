@@ -1,8 +1,8 @@
-"""The README's performance section, written from the rows: ``python -m benchmarks.readme`` (and ``benchmarks.draw``)."""
+"""The README's measured tables, written from the rows: ``python -m benchmarks.readme`` (and ``benchmarks.draw``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,11 @@ from benchmarks.figures import figure_path
 from benchmarks.latency import BEST
 from benchmarks.models import GUIDANCE
 from benchmarks.record import matches
-from benchmarks.rows import read_rows
+from benchmarks.rows import RESULTS, read_rows
 from free.rows import ROOT
 
 README = ROOT / "README.md"
-BEGIN = "<!-- performance: written by `python -m benchmarks.draw` from the rows in benchmarks/results -->"
-END = "<!-- end of performance -->"
-
-_NAMES = ("gpu", "sampler", "compare")
+_NAMES = ("gpu", "sampler", "compare", "quality")
 _SHOWN_WINDOWS = (8, 32)
 _WIDE = (4, 8, 16, 32, 64)
 _NO_GPU = (
@@ -35,14 +32,17 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 
 
-def write_performance(readme: Path = README) -> None:
-    """Put :func:`performance` of the committed rows between the README's marks.
+def write_blocks(readme: Path = README) -> None:
+    """Put what the committed rows say between the README's marks.
 
     Raises:
-        ValueError: the README has no such marks.
+        ValueError: the README lacks the marks of a block.
     """
-    before, _, after = split(readme.read_text(encoding="utf-8"))
-    readme.write_text(f"{before}{performance(committed_rows())}{after}", encoding="utf-8")
+    text, rows = readme.read_text(encoding="utf-8"), committed_rows()
+    for name, block in BLOCKS.items():
+        before, _, after = split(text, name)
+        text = f"{before}{block(rows)}{after}"
+    readme.write_text(text, encoding="utf-8")
 
 
 def committed_rows() -> dict[str, list[Row]]:
@@ -50,12 +50,14 @@ def committed_rows() -> dict[str, list[Row]]:
     return {name: read_rows(name) for name in _NAMES}
 
 
-def split(text: str) -> tuple[str, str, str]:
-    """What is before, between and behind the marks."""
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    between, end, after = rest.partition(END)
+def split(text: str, name: str) -> tuple[str, str, str]:
+    """What is before, between and behind the marks of a block."""
+    first = f"<!-- {name}: written by `python -m benchmarks.draw` from the rows in benchmarks/results -->\n"
+    last = f"<!-- end of {name} -->"
+    before, begin, rest = text.partition(first)
+    between, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the README lacks {BEGIN!r} or {END!r}")
+        raise ValueError(f"the README lacks {first!r} or {last!r}")
     return before + begin, between, end + after
 
 
@@ -241,6 +243,49 @@ def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
     yield _table(("drafter", "S", "W", "samples", "rounds", "S / rounds", "drafting", "device"), lines)
 
 
+def relaxation(rows: Mapping[str, Rows]) -> str:
+    """Markdown: exact, relaxed and fewer steps, with how far each is from real data."""
+    latest = _newest(rows["quality"], "device", "model", "steps", "window", "strength", "uncertainty", "samples")
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in latest):
+        own = [row for row in latest if row["model"] == model]
+        own.sort(key=lambda row: (row["window"] == 1, row["strength"], -row["steps"]))
+        lines = [
+            (
+                _how(row),
+                row["steps"],
+                f"{row['rounds']:.1f}",
+                f"{row['parallel_efficiency']:.2f}",
+                f"{row['total_variation_bound']:.2g}" if row["strength"] else "0",
+                f"{row['energy_distance']:.3f} ± {row['energy_error']:.3f}",
+                f"{row['frechet_distance']:.3f} ± {row['frechet_error']:.3f}",
+            )
+            for row in own
+        ]
+        first = own[0]
+        parts.append(
+            f"{_COMPARED[model][0].upper()}{_COMPARED[model][1:]}, guidance {first['guidance_scale']:g}, {first['samples']} "
+            f"samples, {first['device']}; distances from real data without units, less is better:"
+        )
+        header = ("sampler", "S", "rounds", "S / rounds", "certified bound", "energy distance", "Fréchet distance")
+        parts.append(_table(header, lines))
+        parts.append(f"![distance from real data over rounds, {model}](benchmarks/results/{quality_path(model).name})")
+    return "\n" + "\n\n".join(parts) + "\n\n" if parts else "\n"
+
+
+def quality_path(model: str) -> Path:
+    """The figure of a model's distances from real data."""
+    return RESULTS / f"quality-{model}.png"
+
+
+def _how(row: Row) -> str:
+    if row["window"] == 1:
+        return "ancestral"
+    if not row["strength"]:
+        return f"exact, {row['drafter']}, W={row['window']}"
+    return f"relaxed by {row['strength']:g} ({row['uncertainty']})"
+
+
 def _newest(rows: Rows, *names: str) -> list[Row]:
     """The last row for each combination of these values, in the order in which they first appeared."""
     return list({tuple(row[name] for name in names): row for row in rows}.values())
@@ -254,5 +299,9 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 
+BLOCKS: dict[str, Callable[[Mapping[str, Rows]], str]] = {"performance": performance, "relaxation": relaxation}
+"""What stands between each pair of marks."""
+
+
 if __name__ == "__main__":
-    write_performance()
+    write_blocks()

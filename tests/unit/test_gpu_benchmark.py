@@ -116,9 +116,36 @@ def test_the_least_seconds_is_what_the_best_of_all_choices_takes() -> None:
 # --- the README ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_numbers_are_those_of_the_rows() -> None:
-    _, between, _ = readme.split(readme.README.read_text(encoding="utf-8"))
-    assert between == readme.performance(readme.committed_rows()), "run `python -m benchmarks.readme`"
+@pytest.mark.parametrize("name", readme.BLOCKS)
+def test_the_readmes_numbers_are_those_of_the_rows(name: str) -> None:
+    _, between, _ = readme.split(readme.README.read_text(encoding="utf-8"), name)
+    assert between == readme.BLOCKS[name](readme.committed_rows()), "run `python -m benchmarks.readme`"
+
+
+def test_exact_relaxed_and_fewer_steps_stand_side_by_side() -> None:
+    common = {
+        "device": "CPU",
+        "model": "digits",
+        "guidance_scale": 1.0,
+        "samples": 9,
+        "drafter": "hold-x0",
+        "uncertainty": None,
+    }
+    common |= {"energy_distance": 0.5, "energy_error": 0.01, "frechet_distance": 0.25, "frechet_error": 0.02}
+    common |= {"rounds": 40.0, "parallel_efficiency": 6.25, "total_variation_bound": 0.0, "steps": 250, "strength": 0.0}
+    exact, ancestral = (
+        {**common, "window": 8},
+        {**common, "window": 1, "steps": 10, "rounds": 10.0, "parallel_efficiency": 1.0},
+    )
+    relaxed = {**exact, "strength": 2.0, "uncertainty": "learned", "total_variation_bound": 0.375, "rounds": 32.0}
+    text = readme.relaxation({"quality": [ancestral, relaxed, exact]})
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert rows == [
+        "| exact, hold-x0, W=8 | 250 | 40.0 | 6.25 | 0 | 0.500 ± 0.010 | 0.250 ± 0.020 |",
+        "| relaxed by 2 (learned) | 250 | 32.0 | 6.25 | 0.38 | 0.500 ± 0.010 | 0.250 ± 0.020 |",
+        "| ancestral | 10 | 10.0 | 1.00 | 0 | 0.500 ± 0.010 | 0.250 ± 0.020 |",
+    ]
+    assert readme.relaxation({"quality": []}) == "\n"
 
 
 def test_without_gpu_rows_the_readme_says_so() -> None:
@@ -152,4 +179,4 @@ def test_gpu_rows_are_reported_with_device_batch_and_baseline() -> None:
 def test_a_readme_without_marks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# nothing\n")
     with pytest.raises(ValueError, match="the README lacks"):
-        readme.write_performance(tmp_path / "README.md")
+        readme.write_blocks(tmp_path / "README.md")
