@@ -1,7 +1,7 @@
 """Figures, and the README's measured tables, from the rows: ``python -m benchmarks.draw``. Needs matplotlib.
 
 ``results/kernels-<device>.png`` and, of GPUs, ``results/gpu-<what>-<device>.png`` for each device that has rows, and
-``results/quality-<model>.png``; the newest row of each measurement counts.
+``results/quality-<model>.png`` and ``results/compare-photo_dit.png``; the newest row of each measurement counts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 from benchmarks.figures import draw_gpu, figure_path
 from benchmarks.readme import quality_path, write_blocks
 from benchmarks.rows import RESULTS, read_rows
+from free.report import draw as draw_compared
 from free.report import draw_quality
 
+TESTBED = "photo_dit"
 _STYLES = {"triton": ("C0", "o"), "compile": ("C1", "s"), "eager": ("C3", "^")}
 
 
@@ -26,6 +28,10 @@ def main() -> int:
         for device in sorted({row["device"] for row in rows}):
             for path in figures(device, [row for row in rows if row["device"] == device]):
                 print(path.name)
+    compared = [row for row in read_rows("compare") if row["model"] == TESTBED]
+    if compared:
+        draw_compared(compared, RESULTS / f"compare-{TESTBED}.png")
+        print(f"compare-{TESTBED}.png")
     of_quality = read_rows("quality")
     for model in dict.fromkeys(row["model"] for row in of_quality):
         draw_quality([row for row in of_quality if row["model"] == model], quality_path(model))

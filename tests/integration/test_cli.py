@@ -89,6 +89,8 @@ def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest
     speculative = next(line.split() for line in lines if line.strip().startswith("speculative, hold-x0"))
     assert 1 <= float(speculative[2]) < 20
     assert float(speculative[3]) > 1
+    learned = next(line.split() for line in lines if line.strip().startswith("speculative, learned"))
+    assert 1 <= float(learned[2]) < 20
     assert "W=auto" in printed
     assert str(picture) in printed
     assert picture.read_bytes().startswith(PNG)
