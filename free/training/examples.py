@@ -43,6 +43,8 @@ class Examples:
     """[N, tokens, width]: the target's at this step."""
     weight: torch.Tensor
     """float32 [N]."""
+    tested: torch.Tensor
+    """bool [N]: whether a draft like this is tested; those beyond a rejection decide nothing."""
 
 
 class NoisedPairs:
@@ -97,7 +99,10 @@ class NoisedPairs:
             weight = torch.full((count,), self.depth_weight**depth, device=state.device)
             hold_x0 = leant.hold_x0(state, step, process) if drafter.base is not None else torch.zeros_like(state)
             wanted = exact.output - hold_x0
-            parts.append(Examples(process, state, step, leant, label_embedding, feature, wanted, exact.feature, weight))
+            tested = torch.ones_like(step, dtype=torch.bool)
+            parts.append(
+                Examples(process, state, step, leant, label_embedding, feature, wanted, exact.feature, weight, tested)
+            )
             if depth + 1 < self.unroll:
                 drafted, own = drafter.predict(state, step, leant, label_embedding, process, feature)
                 output, feature = drafted + hold_x0, feature if drafter.base is not None else own
@@ -214,7 +219,9 @@ class VisitedWindows:
         label_embedding = request.target.label_embedding(request.conditioning).repeat_interleave(drafts, 0)[rows]
         next_feature = None if last.feature is None else last.feature[:, :-1].flatten(0, 1)[rows]
         weight = torch.ones(len(rows), device=seen.device)
-        return Examples(process, seen, step, anchor, label_embedding, anchor.feature, wanted, next_feature, weight)
+        settled = done.verification.advance - 1 + done.verification.rejected  # [B]
+        tested = (column < settled[:, None]).flatten()[rows]
+        return Examples(process, seen, step, anchor, label_embedding, anchor.feature, wanted, next_feature, weight, tested)
 
     def _begin(self, setup: Setup, clean: torch.Tensor, labels: torch.Tensor) -> Live:
         """Noised data at random steps, each with one evaluation to lean on."""

@@ -25,6 +25,7 @@ from free.training.validation import acceptance, predicted_efficiency, real_effi
 
 _LOGGED = ("loss", "noise", "feature", "smooth")
 _VALIDATION_BATCHES = 16
+_SETTLING_BATCHES = 2  # a pool begins with less to lean on than later
 _PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Source = VisitedWindows | NoisedPairs
@@ -81,7 +82,7 @@ class _Run:
         self.block, self.optimizer = accelerator.prepare(self.drafter, optimizer)
         # each process meets noise of its own
         _seed(config.seed + 1 + accelerator.process_index)
-        self.sources = self._make_sources(config.unroll)
+        self.sources = self._make_sources(config.unroll, config.reuse)
         self.step = 0
         configuration = {
             **continued(config),
@@ -197,6 +198,8 @@ class _Run:
         drafts = min(config.window - 1, *(process.num_steps - 2 for process in self.processes))
         for source, process in zip(self._make_sources(unroll=drafts), self.processes, strict=True):
             steps = process.num_steps
+            for _ in range(_SETTLING_BATCHES):
+                self._draw(source, *next(fresh))
             draws = (self._draw(source, *next(fresh)) for _ in range(_VALIDATION_BATCHES))
             logged[f"predicted efficiency S={steps}"] = predicted_efficiency(self.drafter, draws, process, config.window)
             if config.validation_samples:
@@ -270,7 +273,7 @@ class _Run:
             saved.load_state_dict(self.drafter.state_dict())
         saved.type(getattr(torch, self.config.save_dtype)).save_pretrained(folder)
 
-    def _make_sources(self, unroll: int) -> list[Source]:
+    def _make_sources(self, unroll: int, reuse: int) -> list[Source]:
         """A new source of examples for each process."""
         config = self.config
         if config.states == "windows":
@@ -282,7 +285,7 @@ class _Run:
                     config.guidance_scale,
                     window=config.window,
                     pool=pool,
-                    reuse=config.reuse,
+                    reuse=reuse,
                     scheduler=self.scheduler,
                 )
                 for process in self.processes

@@ -48,8 +48,9 @@ def predicted_efficiency(drafter: FeatureDrafter, draws: Iterable[Examples], pro
     """S over the expected rounds, from |delta| by step of fresh examples of ``process``."""
     steps, shares = [], []
     for examples in draws:
-        steps.append(examples.step.cpu())
-        shares.append(acceptance(drafter_loss(drafter, examples)["delta"]).cpu())
+        # the mean at a step is over the drafts that are tested there
+        steps.append(examples.step[examples.tested].cpu())
+        shares.append(acceptance(drafter_loss(drafter, examples)["delta"])[examples.tested].cpu())
     count = process.num_steps
     bins = min(_BINS, count)
     place = torch.cat(steps).numpy() * bins // count
