@@ -196,7 +196,7 @@ class _Run:
         config, logged = self.config, {}
         fresh = self._batches(first=0, seed=config.seed + 1)
         drafts = min(config.window - 1, *(process.num_steps - 2 for process in self.processes))
-        for source, process in zip(self._make_sources(unroll=drafts), self.processes, strict=True):
+        for source, process in zip(self._make_sources(drafts, reuse=1), self.processes, strict=True):
             steps = process.num_steps
             for _ in range(_SETTLING_BATCHES):
                 self._draw(source, *next(fresh))
