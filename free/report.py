@@ -106,6 +106,8 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
                     (row for row in here if _series(row) == drafter and row["steps"] == count),
                     key=lambda row: row["window"],
                 )
+                if not curve:
+                    continue
                 line[0].errorbar(
                     [row["window"] for row in curve],
                     [row["parallel_efficiency"] for row in curve],
@@ -142,7 +144,7 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
             panel.set(xlim=(0, counts[-1]), title=f"guidance {scale:g}, S={counts[-1]}, W={drawn}")
         for panel in line:
             panel.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(f"model {rows[0]['model']}, mean of {rows[0]['samples']} samples with its standard error")
     figure.savefig(output, dpi=110)
 

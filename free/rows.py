@@ -116,7 +116,7 @@ def command() -> str:
         words = [program.name]
     inside = (word.replace(f"{ROOT}/", "") for word in sys.argv[1:])
     # of a file elsewhere on this machine the name is kept
-    return shlex.join([*words, *(re.sub(r"(^|=)/(?:[^/]+/)*", r"\1", word) for word in inside)])
+    return shlex.join([*words, *(re.sub(r"(^|[=:])/(?:[^/]+/)*", r"\1", word) for word in inside)])
 
 
 def _git(*arguments: str) -> str:

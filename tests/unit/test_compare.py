@@ -368,9 +368,9 @@ def test_weights_that_are_missing_are_refused(folder: Path) -> None:
 
 
 def test_the_command_of_a_row_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["--output", "/home/me/a.png", "--results=/home/me/b.jsonl", f"{ROOT}/benchmarks/c", "rows/d", "x/y"]
+    given = ["--output", "/home/me/a.png", "--results=/home/me/b", f"{ROOT}/benchmarks/c", "rows/d", "x/y", "fresh:/me/e"]
     monkeypatch.setattr("sys.argv", ["/usr/bin/free-dit", "compare", *given])
-    assert command() == "free-dit compare --output a.png --results=b.jsonl benchmarks/c rows/d x/y"
+    assert command() == "free-dit compare --output a.png --results=b benchmarks/c rows/d x/y fresh:e"
 
 
 def test_a_line_that_is_no_row_is_named(small: dict[str, Any]) -> None:
