@@ -257,8 +257,8 @@ def relaxation(rows: Mapping[str, Rows]) -> str:
                 f"{row['rounds']:.1f}",
                 f"{row['parallel_efficiency']:.2f}",
                 f"{row['total_variation_bound']:.2g}" if row["strength"] else "0",
-                f"{row['energy_distance']:.3f} ± {row['energy_error']:.3f}",
-                f"{row['frechet_distance']:.3f} ± {row['frechet_error']:.3f}",
+                f"{row['energy_distance']:.4f} ± {row['energy_error']:.4f}",
+                f"{row['frechet_distance']:.4f} ± {row['frechet_error']:.4f}",
             )
             for row in own
         ]

@@ -141,9 +141,9 @@ def test_exact_relaxed_and_fewer_steps_stand_side_by_side() -> None:
     text = readme.relaxation({"quality": [ancestral, relaxed, exact]})
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert rows == [
-        "| exact, hold-x0, W=8 | 250 | 40.0 | 6.25 | 0 | 0.500 ± 0.010 | 0.250 ± 0.020 |",
-        "| relaxed by 2 (learned) | 250 | 32.0 | 6.25 | 0.38 | 0.500 ± 0.010 | 0.250 ± 0.020 |",
-        "| ancestral | 10 | 10.0 | 1.00 | 0 | 0.500 ± 0.010 | 0.250 ± 0.020 |",
+        "| exact, hold-x0, W=8 | 250 | 40.0 | 6.25 | 0 | 0.5000 ± 0.0100 | 0.2500 ± 0.0200 |",
+        "| relaxed by 2 (learned) | 250 | 32.0 | 6.25 | 0.38 | 0.5000 ± 0.0100 | 0.2500 ± 0.0200 |",
+        "| ancestral | 10 | 10.0 | 1.00 | 0 | 0.5000 ± 0.0100 | 0.2500 ± 0.0200 |",
     ]
     assert readme.relaxation({"quality": []}) == "\n"
 
