@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from free.drafters.base import Situation, StepDrafter
-from free_kernels import NOISE_STREAM, Proposal, normal, x0_estimate
+from free_kernels import NOISE_STREAM, Proposal, normal
 
 if TYPE_CHECKING:
     from free.process import ReverseProcess
@@ -165,9 +165,7 @@ class LinearDrafter(StepDrafter):
         prepared = self._prepare(situation)
         anchor = situation.anchor(step)
         _, _, _, x0_state_coef, inverse = prepared.columns[step].unsqueeze(-1).unbind(1)
-        hold_x0 = inverse * (
-            x0_estimate(anchor.state, anchor.output, anchor.step, situation.process.table) - x0_state_coef * state
-        )
+        hold_x0 = inverse * (anchor.x0(situation.process) - x0_state_coef * state)
         weight = _weight(step, anchor.step, prepared)
         bands = prepared.bands
         return anchor.output + bands.inverse(weight * bands.forward(hold_x0 - anchor.output))
@@ -191,7 +189,7 @@ class LinearDrafter(StepDrafter):
         weight = _weight(steps, anchor.step, prepared)  # [B, W-1, D]
 
         # frequencies of the output, less what hold-x0 takes off it for the state: y = held - pull * s
-        x0 = inverse * x0_estimate(anchor.state, anchor.output, anchor.step, situation.process.table)
+        x0 = inverse * anchor.x0(process)
         stacked = torch.cat((situation.state[:, None], anchor.output, x0, scaled_noise), 1)  # [B, 1 + 3 (W-1), D]
         state, output, x0, drive = prepared.bands.forward(stacked).split((1, *(window - 1,) * 3), 1)
         held = torch.lerp(output, x0, weight)
