@@ -9,6 +9,7 @@ import torch
 
 from free.request import Request
 from free.statistics import Stopwatch
+from free.targets import TargetOutput
 from free.tensors import map_tensors
 from free_kernels import posterior
 
@@ -35,7 +36,9 @@ class Chain:
         return map_tensors(self, torch.clone)
 
 
-def step_on(chain: Chain, request: Request, noise: torch.Tensor | None, impl: str, watch: Stopwatch) -> Chain:
+def step_on(
+    chain: Chain, request: Request, noise: torch.Tensor | None, impl: str, watch: Stopwatch
+) -> tuple[Chain, TargetOutput]:
     """One forward, one step (Ho et al. 2020, algorithm 2).
 
     Args:
@@ -44,6 +47,9 @@ def step_on(chain: Chain, request: Request, noise: torch.Tensor | None, impl: st
         noise: z [B, D] of this step if it is at hand.
         impl: of the operations.
         watch: for the phases.
+
+    Returns:
+        The samples moved on, and what the target said of them before.
     """
     process = request.process
     step = chain.step.clamp(max=process.num_steps - 1)
@@ -63,4 +69,4 @@ def step_on(chain: Chain, request: Request, noise: torch.Tensor | None, impl: st
             noise=noise,
             impl=impl,
         )
-    return replace(chain, step=chain.step + 1, state=state)
+    return replace(chain, step=chain.step + 1, state=state), output

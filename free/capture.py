@@ -145,7 +145,7 @@ class AncestralGraph:
         silent = Stopwatch(torch.device("cpu"))
 
         def one_step() -> Chain:
-            moved = step_on(chain, request, None, impl, silent)
+            moved, _ = step_on(chain, request, None, impl, silent)
             self.account.add_step(moved.step, moved.state)
             assign(chain, moved)
             return chain

@@ -225,7 +225,7 @@ def ancestral_sample(
                     with watch("verification"):
                         steps = torch.arange(k, min(k + block, process.num_steps), device=request.seed.device)
                         noise = normal(request.seed[:, None], steps, chain.state.shape[1], stream=NOISE_STREAM, impl=impl)
-                chain = step_on(chain, request, noise[:, k % block] if stored else None, impl, watch)
+                chain, _ = step_on(chain, request, noise[:, k % block] if stored else None, impl, watch)
                 account.add_step(chain.step, chain.state)
             stats.count_forward(request.batch, target.forward_batch(request.guided))
             # a GPU is asked at the end, rather than waited for

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from free.ancestral import Chain, step_on
 from free.process import ReverseProcess
 from free.request import DEFAULT_STEPS, check_request
-from free_kernels import posterior
+from free.statistics import Stopwatch
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -85,24 +86,12 @@ def average_learned_variance(
     if process.log_variance_range is None:
         raise ValueError("process has no log_variance_range, between which a learned variance lies")
 
-    state = request.initial_state()
-    log_variance = torch.zeros(process.num_steps, dtype=torch.float64, device=state.device)
+    chain, watch = Chain.begin(request), Stopwatch(request.seed.device)
+    log_variance = torch.zeros(process.num_steps, dtype=torch.float64, device=request.seed.device)
     with target.capture_variance():
         for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
-            step = torch.full_like(request.seed, k)
-            output = target.evaluate(
-                state.view(-1, *request.sample_shape), process.timestep[step], request.conditioning, request.guided
-            )
+            step = chain.step
+            chain, output = step_on(chain, request, None, impl, watch)
             assert output.variance_share is not None
             log_variance[k] = learned_log_variance(output.variance_share, process, step).double().mean()
-            state = posterior(
-                state,
-                output.output.flatten(1),
-                request.seed,
-                step,
-                process.table,
-                unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
-                guidance_scale=request.guidance_scale,
-                impl=impl,
-            )
     return torch.where(process.std > 0, log_variance.exp(), 0.0).cpu()
