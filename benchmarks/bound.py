@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from free.schedule import Experience, RoundSeconds
-from free.statistics import SamplingStatistics
+from free.sampling.statistics import SamplingStatistics
+from free.windows import Experience, RoundSeconds
 
 
 def bound_of_window(efficiency: float, window: int, seconds: Mapping[int, float]) -> float:

@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.figures import draw_gpu, figure_path
 from benchmarks.readme import quality_path, write_blocks
 from benchmarks.rows import RESULTS, read_rows
-from free.report import draw as draw_compared
-from free.report import draw_quality
+from free.evaluation.report import draw as draw_compared
+from free.evaluation.report import draw_quality
 
 TESTBED = "photo_dit"
 _STYLES = {"triton": ("C0", "o"), "compile": ("C1", "s"), "eager": ("C3", "^")}

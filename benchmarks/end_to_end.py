@@ -17,7 +17,7 @@ from benchmarks.bound import bound_of_choice, bound_of_window
 from benchmarks.latency import IMPLEMENTATIONS, NO_GRAPHS, best, forward_seconds, is_captured, is_compiled
 from benchmarks.models import GUIDANCE, Recipe, labels_of, request_of, trained
 from benchmarks.record import OUT_OF_TIME, Record
-from free.process import ReverseProcess
+from free.processes import ReverseProcess
 from free.targets import DiTTarget
 
 BENCHMARK = "end to end"

@@ -27,9 +27,9 @@ from benchmarks import end_to_end, latency, projection
 from benchmarks.models import B2, L2, S2, XL2, XL2_512, Recipe, Size
 from benchmarks.record import Record
 from benchmarks.rows import RESULTS
-from free.rows import ROOT
-from free.schedule import WINDOWS
+from free.evaluation.rows import ROOT
 from free.training import TargetTrainingConfig
+from free.windows import WINDOWS
 
 PARTS = ("windows", "share", "end-to-end", "projection")
 _TRAINING_NEEDS = ("accelerate", "skimage", "sklearn")

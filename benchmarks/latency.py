@@ -10,11 +10,11 @@ import torch
 from benchmarks.models import GUIDANCE, Size, forward_of, request_of, untrained
 from benchmarks.record import OUT_OF_TIME, Record
 from benchmarks.timing import captured, median_microseconds
-from free.capture import Graphs
 from free.drafters import Drafter, FeatureDrafter, as_drafter
-from free.request import Request
-from free.statistics import Stopwatch
-from free.window import Setup, advance, evaluate, first_window
+from free.sampling.capture import Graphs
+from free.sampling.request import Request
+from free.sampling.statistics import Stopwatch
+from free.sampling.window import Setup, advance, evaluate, first_window
 
 IMPLEMENTATIONS = ("compiled and captured", "captured", "compiled", "eager")
 BEST = IMPLEMENTATIONS[0]

@@ -11,12 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-from free.process import ReverseProcess
-from free.request import Request, check_request
+from free.data.images import PATCH, PHOTOGRAPHS, draw_patches, photographs
+from free.processes import ReverseProcess
+from free.sampling.request import Request, check_request
 from free.targets import DiTTarget
 from free.targets.base import take_rows
 from free.training import DrafterTrainingConfig, TargetTrainingConfig, train_drafter, train_target
-from free.training.data import PATCH, PHOTOGRAPHS, draw_patches, photographs
 
 GUIDANCE = 1.5
 _CLASSES = 1000

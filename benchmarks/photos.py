@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 
+from free.data.images import PATCH, PHOTOGRAPHS, draw_patches, photographs
 from free.training import TargetTrainingConfig, train_target
-from free.training.data import PATCH, PHOTOGRAPHS, draw_patches, photographs
 
 WEIGHTS = Path(__file__).parent / "weights" / "photo_dit"
 CONFIG = TargetTrainingConfig(num_steps=4000, batch_size=64, learning_rate=8e-4)

@@ -12,7 +12,7 @@ from benchmarks.latency import BEST
 from benchmarks.models import GUIDANCE
 from benchmarks.record import matches
 from benchmarks.rows import RESULTS, read_rows
-from free.rows import ROOT
+from free.evaluation.rows import ROOT
 
 README = ROOT / "README.md"
 _NAMES = ("gpu", "sampler", "compare", "quality")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import RESULTS, read_rows, write_row
-from free.rows import environment
+from free.evaluation.rows import environment
 
 OUT_OF_TIME = "no time left in this part; --resume takes it up again"
 

@@ -1,11 +1,11 @@
-"""The benchmarks' rows: ``results/<name>.jsonl``, one row a measurement (see :mod:`free.rows`)."""
+"""The benchmarks' rows: ``results/<name>.jsonl``, one row a measurement (see :mod:`free.evaluation.rows`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from free import rows
+from free.evaluation import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -15,7 +15,7 @@ def write_row(
 ) -> dict[str, Any]:
     """Append ``values`` and what they were measured on to ``results/<name>.jsonl``; returns the row.
 
-    ``measured_on`` is :func:`free.rows.environment` of a long run, asked once.
+    ``measured_on`` is :func:`free.evaluation.rows.environment` of a long run, asked once.
     """
     results.mkdir(exist_ok=True)
     return rows.append_row(results / f"{name}.jsonl", values, measured_on)

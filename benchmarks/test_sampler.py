@@ -9,9 +9,9 @@ import torch
 
 import free
 from benchmarks.rows import write_row
+from free.data.digits import NUM_CLASSES
 from free.demo import load_digits_dit
-from free.demo.digits import NUM_CLASSES
-from free.statistics import standard_error
+from free.sampling.statistics import standard_error
 
 RUNS = 15
 

@@ -6,7 +6,6 @@ sequential work.
 
 from typing import TYPE_CHECKING, Any
 
-from free.calibration import calibrate
 from free.drafters import (
     Anchor,
     Drafter,
@@ -20,19 +19,20 @@ from free.drafters import (
     StepDrafter,
     as_drafter,
 )
-from free.loop import NonFiniteOutputError
-from free.planner import plan_window
-from free.process import ReverseProcess
-from free.relaxation import DraftedSteps, Relaxation
-from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
-from free.schedule import WindowPlan
-from free.statistics import SamplingStatistics
+from free.processes import ReverseProcess
+from free.sampling.loop import NonFiniteOutputError
+from free.sampling.planning import plan_window
+from free.sampling.relaxation import DraftedSteps, Relaxation
+from free.sampling.samplers import SamplingOutput, ancestral_sample, speculative_sample
+from free.sampling.statistics import SamplingStatistics
+from free.sampling.variance import average_learned_variance
 from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
-from free.variance import average_learned_variance
 from free.version import __version__
+from free.windows import WindowPlan
 
 if TYPE_CHECKING:
     from free.drafters import FeatureDrafter
+    from free.training.calibration import calibrate
 
 __all__ = [
     "Anchor",
@@ -69,8 +69,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "FeatureDrafter":  # when it is asked for: diffusers' layers import triton
+    # when they are asked for: they import diffusers' layers, which import triton
+    if name == "FeatureDrafter":
         from free.drafters import FeatureDrafter
 
         return FeatureDrafter
+    if name == "calibrate":
+        from free.training.calibration import calibrate
+
+        return calibrate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,10 +101,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from free.calibration import calibrate, held_out_table
-    from free.compare import load_target
+    from free.data.digits import weights_path
+    from free.targets.loading import load_target
+    from free.training.calibration import calibrate, held_out_table
 
-    target = load_target(arguments.model)
+    target = load_target(arguments.model or weights_path())
     common: dict[str, Any] = {
         "class_labels": range(target.null_class),
         "num_inference_steps": arguments.steps,
@@ -170,7 +171,7 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from free.compare import compare
+    from free.evaluation.compare import compare
 
     compare(**{name: value for name, value in vars(arguments).items() if name != "run"})
 

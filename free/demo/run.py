@@ -13,16 +13,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from free.compare import drafter_of
-from free.demo.digits import (
-    NUM_CLASSES,
-    load_digits_dit,
-    load_digits_drafter,
-    recognised,
-    train_digits_dit,
-)
-from free.sampling import SamplingOutput, ancestral_sample, speculative_sample
-from free.statistics import aligned
+from free.data.digits import NUM_CLASSES, digits_data, load_digits_dit, load_digits_drafter
+from free.demo.retrain import train_digits_dit
+from free.drafters.loading import drafter_of
+from free.sampling.samplers import SamplingOutput, ancestral_sample, speculative_sample
+from free.sampling.statistics import aligned
 from free.training import TargetTrainingConfig
 
 
@@ -60,7 +55,8 @@ def run_demo(
 ) -> list[Runs]:
     """Draw ``per_class`` samples of each digit, one at a time, print the table and write the picture to ``output``.
 
-    ``drafters`` are words that :func:`free.compare.drafter_of` takes, or ``"learned"``, which ships with the digits DiT.
+    ``drafters`` are words that :func:`free.drafters.loading.drafter_of` takes, or ``"learned"``, which ships with the
+    digits DiT.
 
     Returns:
         The ancestral runs, then those of each drafter.
@@ -167,3 +163,13 @@ def _draw(runs: list[Runs], output: Path) -> None:
         axes[-1].legend()
     figure.savefig(output, dpi=130)
     pyplot.close(figure)
+
+
+def recognised(samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Which samples [B, 1, 8, 8] a support vector classifier trained on the real digits takes for their label; bool [B]."""
+    from sklearn.svm import SVC
+
+    images, classes = digits_data()
+    classifier = SVC(gamma="scale", C=10.0).fit(images.flatten(1).numpy(), classes.numpy())
+    predicted = classifier.predict(samples.clamp(-1, 1).flatten(1).numpy())
+    return torch.from_numpy(predicted == labels.numpy())

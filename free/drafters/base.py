@@ -12,7 +12,7 @@ import torch
 from free_kernels import Proposal, anchor_index, guided, posterior, x0_estimate
 
 if TYPE_CHECKING:
-    from free.process import ReverseProcess
+    from free.processes import ReverseProcess
     from free.targets import Target
 
 

@@ -26,7 +26,7 @@ from free.drafters.hold import hold
 from free_kernels import Proposal
 
 if TYPE_CHECKING:
-    from free.process import ReverseProcess
+    from free.processes import ReverseProcess
     from free.targets import Target
 
 BASES = (None, "hold-x0")

@@ -18,7 +18,7 @@ from free.drafters.base import Situation, StepDrafter
 from free_kernels import NOISE_STREAM, Proposal, normal
 
 if TYPE_CHECKING:
-    from free.process import ReverseProcess
+    from free.processes import ReverseProcess
     from free.targets import Target
 
 CONFIG_NAME = "config.json"

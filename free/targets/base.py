@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from free.process import ReverseProcess
+    from free.processes import ReverseProcess
 
 
 _RECOMPILE_LIMIT = 64
@@ -59,7 +59,7 @@ class Target(ABC):
         self.compiled = False
         """Whether it is run within :meth:`compile`."""
         self.graphs: dict[Hashable, Any] = {}
-        """What :mod:`free.capture` recorded of it."""
+        """What :mod:`free.sampling.capture` recorded of it."""
         self._capturing_variance = False
         self.check_ready()
 
@@ -99,7 +99,7 @@ class Target(ABC):
 
     def default_process(self, num_inference_steps: int) -> ReverseProcess:
         """The process of this model where the caller names none: the original DiT's."""
-        from free.process import ReverseProcess
+        from free.processes import ReverseProcess
 
         return ReverseProcess.ddpm(num_inference_steps)
 

@@ -13,7 +13,7 @@ from free.targets.base import Target, TargetOutput, check_output
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel, SchedulerMixin
 
-    from free.process import ReverseProcess
+    from free.processes import ReverseProcess
 
 
 class DiTTarget(Target):
@@ -57,7 +57,7 @@ class DiTTarget(Target):
         """A pipeline's scheduler decides; the transformer alone is sampled as the original DiT was."""
         if self.scheduler is None:
             return super().default_process(num_inference_steps)
-        from free.process import ReverseProcess
+        from free.processes import ReverseProcess
 
         return ReverseProcess.from_scheduler(self.scheduler, num_inference_steps)
 

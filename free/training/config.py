@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers.optimization import SchedulerType
 
-from free.training.data import BUILT_IN
+from free.data.images import BUILT_IN
 from free.training.loss import LOSSES
 
 BASES = ("hold-x0", "none")

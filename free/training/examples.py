@@ -12,11 +12,11 @@ from diffusers import DDPMScheduler
 from free.drafters import Anchor, LastWindow
 from free.drafters.feature import FeatureDrafter
 from free.drafters.hold import hold
-from free.process import ReverseProcess
-from free.request import Request
-from free.statistics import Stopwatch
+from free.processes import ReverseProcess
+from free.sampling.request import Request
+from free.sampling.statistics import Stopwatch
+from free.sampling.window import Live, Setup, advance, evaluate
 from free.targets import DiTTarget
-from free.window import Live, Setup, advance, evaluate
 from free_kernels import guided, posterior
 
 MEMORY = 16

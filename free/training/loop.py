@@ -13,12 +13,13 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from free.compare import fingerprint, load_target
+from free.data.digits import weights_path
+from free.data.images import LatentData, open_images
 from free.drafters.feature import FeatureDrafter
 from free.targets import DiTTarget, as_target
+from free.targets.loading import fingerprint, load_target
 from free.training.checkpoint import Checkpoints, random_state, set_random_state
 from free.training.config import DrafterTrainingConfig, continued
-from free.training.data import LatentData, open_images
 from free.training.examples import Examples, NoisedPairs, VisitedWindows
 from free.training.loss import drafter_loss
 from free.training.validation import acceptance, predicted_efficiency, real_efficiency
@@ -376,8 +377,8 @@ def _load_model(config: DrafterTrainingConfig, model: Any) -> tuple[DiTTarget, A
 
 
 def _load_pretrained(name: str | None) -> Any:
-    folder = Path(name) if name is not None else None
-    if folder is None or (folder.is_dir() and not (folder / "model_index.json").is_file()):
+    folder = Path(name) if name is not None else weights_path()
+    if name is None or (folder.is_dir() and not (folder / "model_index.json").is_file()):
         return load_target(folder)
     # a folder that is not there may be a name on the hub
     if folder.is_dir() or folder.as_posix().count("/") == 1:

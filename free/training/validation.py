@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from free.drafters.feature import FeatureDrafter
-from free.process import ReverseProcess
-from free.sampling import speculative_sample
-from free.statistics import standard_error
+from free.processes import ReverseProcess
+from free.sampling.samplers import speculative_sample
+from free.sampling.statistics import standard_error
 from free.targets import DiTTarget
 from free.training.examples import Examples
 from free.training.loss import drafter_loss

@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel
 
 import free
 from free.demo import load_digits_dit
-from free.demo.digits import recognised
+from free.demo.run import recognised
 
 LABELS = torch.arange(10)
 

@@ -10,13 +10,14 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-from free.capture import Graphs
 from free.drafters import as_drafter
-from free.loop import rounds
-from free.request import check_request
-from free.schedule import FixedWindow
-from free.statistics import Account, SamplingStatistics, Stopwatch
-from free.window import Setup
+from free.sampling.account import Account
+from free.sampling.capture import Graphs
+from free.sampling.loop import rounds
+from free.sampling.request import check_request
+from free.sampling.statistics import SamplingStatistics, Stopwatch
+from free.sampling.window import Setup
+from free.windows import FixedWindow
 from tests.analytic import ElementwiseTarget
 
 pytestmark = pytest.mark.gpu

@@ -127,7 +127,7 @@ def _later_timestep() -> Any:
 
         return planted
 
-    return replaced("free.window", "evaluate", make)
+    return replaced("free.sampling.window", "evaluate", make)
 
 
 def _shared_noise() -> Any:

@@ -20,11 +20,11 @@ def test_every_check_that_the_gate_names_exists() -> None:
 
 
 def test_a_planted_bug_is_taken_out_again() -> None:
-    import free.window
+    import free.sampling.window
     from free_kernels import philox, uniform
 
-    before = free.window.uniform, philox
+    before = free.sampling.window.uniform, philox
     with mutations.MUTATIONS["5 % of rejections leaked"].plant():
         pass
-    assert (free.window.uniform, philox) == before
-    assert free.window.uniform is uniform
+    assert (free.sampling.window.uniform, philox) == before
+    assert free.sampling.window.uniform is uniform

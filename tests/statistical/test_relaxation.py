@@ -11,7 +11,7 @@ from scipy import stats
 
 import free
 from free.drafters import Situation, StepDrafter
-from free.relaxation import DraftedSteps, excess_acceptance, relaxed_acceptance
+from free.sampling.relaxation import DraftedSteps, excess_acceptance, relaxed_acceptance
 from free_kernels import posterior, verify
 from tests.analytic import GaussianTarget
 from tests.statistical.laws import BUDGET, acceptance_probability, normal_p, success_p

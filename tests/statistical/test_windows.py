@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import free
-from free.schedule import Schedule
-from free.statistics import Known
+from free.windows import Known, Schedule
 from tests.analytic import GaussianTarget
 from tests.statistical.laws import BUDGET, moments_p
 
@@ -54,7 +53,7 @@ def test_a_plan(drafter: str) -> None:
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
 def test_windows_that_follow_what_was_settled(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Fickle()
-    monkeypatch.setattr(free.sampling, "auto_window", lambda setup, graphs: schedule)
+    monkeypatch.setattr(free.sampling.samplers, "auto_window", lambda setup, graphs: schedule)
     out = free.speculative_sample(TARGET, drafter, shape=(6,), process=PROCESS, num_samples=SAMPLES, seed=6, window="auto")
     assert len(schedule.seen) > 1
     assert_law(out.samples)

@@ -12,11 +12,14 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 import free
-import free.compare
-from free.compare import compare, drafter_of, fingerprint, load_target
-from free.quality import Judge, load_data
-from free.report import table
-from free.rows import ROOT, append_row, command, read_rows
+import free.evaluation.compare
+from free.data.digits import weights_path
+from free.drafters.loading import drafter_of
+from free.evaluation.compare import compare
+from free.evaluation.quality import Judge, load_data
+from free.evaluation.report import table
+from free.evaluation.rows import ROOT, append_row, command, read_rows
+from free.targets.loading import fingerprint, load_target
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -158,7 +161,7 @@ def test_samples_are_judged_and_quality_is_drawn(small: dict[str, Any], capsys: 
     assert [(row["window"], row["strength"]) for row in rows] == [(1, 0), (3, 0), (3, 2)]
     judge = Judge(*load_data("digits"))
     samples = free.ancestral_sample(
-        load_target(None),
+        load_target(weights_path()),
         class_labels=[i % 10 for i in range(12)],
         seed=list(range(12)),
         num_inference_steps=8,
@@ -177,7 +180,7 @@ def test_samples_are_judged_and_quality_is_drawn(small: dict[str, Any], capsys: 
 
 
 def test_an_interrupted_run_is_resumed(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = free.compare._measure
+    measure = free.evaluation.compare.measure
     measured: list[tuple[str, int]] = []
 
     def interrupted(*arguments: Any) -> dict[str, Any]:
@@ -189,14 +192,14 @@ def test_an_interrupted_run_is_resumed(small: dict[str, Any], monkeypatch: pytes
         measured.append((configuration.contender.word, configuration.window))
         return measure(target, configuration, *arguments)
 
-    monkeypatch.setattr(free.compare, "_measure", interrupted)
+    monkeypatch.setattr(free.evaluation.compare, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(**small)
     before = read_rows(small["results"])
     assert len(before) == 2
     assert not small["output"].exists()
 
-    monkeypatch.setattr(free.compare, "_measure", counted)
+    monkeypatch.setattr(free.evaluation.compare, "measure", counted)
     rows = compare(**small, resume=True)
     assert measured == [("hold-x0", 2), ("hold-x0", 3), ("hold-output", 2), ("hold-output", 3)]
     assert rows[:2] == before
@@ -248,7 +251,7 @@ def test_without_resume_everything_is_measured_again(small: dict[str, Any]) -> N
 def test_flops_and_parameters_of_a_drafter_that_is_a_model(
     small: dict[str, Any], dit: DiTTransformer2DModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(free.compare, "drafter_of", lambda word, device: free.drafters.ModelDrafter(dit))
+    monkeypatch.setattr(free.evaluation.compare, "drafter_of", lambda word, device: free.drafters.ModelDrafter(dit))
     first, second = compare(**{**small, "drafters": ["itself"]})
     # W-1 drafts by a copy of the target cost W-1 evaluations of it, and its drafts are all accepted
     assert first["drafter_flops"] == first["target_flops"] > 0
@@ -269,7 +272,7 @@ def test_attention_counts_as_work(folder: Path) -> None:
     without_attention = sum(
         count for name, count in counter.get_flop_counts()["Global"].items() if "addmm" in str(name) or "conv" in str(name)
     )
-    with torch.no_grad(), free.compare._Flops() as flops:
+    with torch.no_grad(), free.evaluation.measure._Flops() as flops:
         target.evaluate(states, timestep, labels, False)
     assert flops.total == without_attention + 2 * 2 * (2 * 16 * 16 * 16)
 
@@ -279,7 +282,7 @@ def test_a_held_copy_of_the_target_is_no_part_of_the_drafter(folder: Path) -> No
     drafter = drafter_of("hold-x0")
     drafter.embedding = target.transformer  # type: ignore[attr-defined]
     drafter.scale = torch.ones(3)  # type: ignore[attr-defined]
-    assert [tensor.numel() for tensor in free.compare._learned(drafter, target)] == [3]
+    assert [tensor.numel() for tensor in free.evaluation.measure.learned_tensors(drafter, target)] == [3]
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_folder(
@@ -330,7 +333,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_folder(
 def test_bad_input_is_refused_before_any_work(
     small: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(free.compare, "_measure", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(free.evaluation.compare, "measure", lambda *_: pytest.fail("work was done"))
     with pytest.raises((ValueError, OSError), match=message):
         compare(**{**small, **change})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

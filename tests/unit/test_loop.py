@@ -14,13 +14,14 @@ from diffusers import DiTTransformer2DModel
 
 import free
 from free import Drafter, LinearDrafter, ReverseProcess
-from free.capture import Graphs
 from free.drafters import as_drafter
-from free.loop import Turn, rounds
-from free.request import Request, check_request
-from free.schedule import FixedWindow
-from free.statistics import Account, SamplingStatistics, Stopwatch
-from free.window import Setup, advance, first_window
+from free.sampling.account import Account
+from free.sampling.capture import Graphs
+from free.sampling.loop import Turn, rounds
+from free.sampling.request import Request, check_request
+from free.sampling.statistics import SamplingStatistics, Stopwatch
+from free.sampling.window import Setup, advance, first_window
+from free.windows import FixedWindow
 from tests.unit.helpers import GaussianModel, Recorder
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def run_loop(
     account = Account(steps, request.seed) if graphs is None else graphs.account
     state = request.initial_state()
     seen = list(rounds(setup, FixedWindow(setup.widest), state, account, stats, Stopwatch(CPU), lag, graphs))
-    stats.take(account)
+    account.report_to(stats)
     return seen, state, stats
 
 
@@ -216,7 +217,7 @@ class Rehearsal:
 
 @pytest.fixture
 def _rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free.capture, "Recording", Rehearsal)
+    monkeypatch.setattr(free.sampling.capture, "Recording", Rehearsal)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(Rehearsal, "made", 0)
 
@@ -279,7 +280,7 @@ def test_captured_ancestral_steps_change_no_bit_and_serve_again(monkeypatch: pyt
         common: dict[str, Any] = {"shape": (5,), "process": process, "seed": seed, "return_trajectory": True}
         expected = free.ancestral_sample(target, **common)
         with monkeypatch.context() as patch:
-            patch.setattr(free.sampling, "wants_capture", lambda *_: True)
+            patch.setattr(free.sampling.samplers, "wants_capture", lambda *_: True)
             out = free.ancestral_sample(target, **common)
         assert torch.equal(out.samples, expected.samples)
         assert torch.equal(out.trajectory, expected.trajectory)

@@ -13,10 +13,10 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-import free.planner
+import free.sampling.planning
+import free.windows.timing
 from free import ReverseProcess, WindowPlan
-from free.schedule import WINDOWS, AutoWindow, Experience, RoundSeconds, expected_advance
-from free.statistics import Known
+from free.windows import WINDOWS, AutoWindow, Experience, Known, RoundSeconds, expected_advance
 from tests.analytic import ElementwiseTarget
 from tests.unit.helpers import GaussianModel, Recorder
 
@@ -130,11 +130,11 @@ def test_wider_windows_are_timed_until_they_are_no_cheaper_a_state(monkeypatch: 
         run(window)
         return 3.0 + max(0, window - 8)
 
-    monkeypatch.setattr(free.planner, "_timed", timed)
-    seconds = free.planner.by_window(run, torch.device("cpu"), 64)
+    monkeypatch.setattr(free.windows.timing, "_timed", timed)
+    seconds = free.windows.timing.by_window(run, torch.device("cpu"), 64)
     assert seconds == {1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0, 16: 11.0}
     assert max(ran.values()) <= 8
-    assert list(free.planner.by_window(run, torch.device("cpu"), 3)) == [1, 2]
+    assert list(free.windows.timing.by_window(run, torch.device("cpu"), 3)) == [1, 2]
 
 
 def test_a_model_is_measured_once_for_each_setting(dit: DiTTransformer2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_model_is_measured_once_for_each_setting(dit: DiTTransformer2DModel, m
         measured.append(setup.request.batch)
         return FLAT
 
-    monkeypatch.setattr(free.planner, "_measure", measure)
+    monkeypatch.setattr(free.sampling.planning, "_measure", measure)
     common: dict[str, Any] = {"num_inference_steps": 6, "window": "auto", "seed": 0}
     for labels in ([1], [2], [1, 2], [3]):
         free.speculative_sample(dit, class_labels=labels, **common)
@@ -169,7 +169,7 @@ def test_the_measurement_leaves_no_trace(dit: DiTTransformer2DModel) -> None:
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
 @pytest.mark.parametrize("seconds", [FLAT, PROPORTIONAL])
 def test_auto_takes_what_pays(monkeypatch: pytest.MonkeyPatch, seconds: RoundSeconds, drafter: str) -> None:
-    monkeypatch.setattr(free.planner, "_measure", lambda setup, graphs: seconds)
+    monkeypatch.setattr(free.sampling.planning, "_measure", lambda setup, graphs: seconds)
     model, common = Recorder(), {"shape": (3,), "num_inference_steps": STEPS, "seed": [1, 2]}
     out = free.speculative_sample(model, drafter, window="auto", **common)
     assert out.stats.window == "auto"
@@ -266,7 +266,7 @@ def test_wrong_windows_and_plans_are_refused(dit: DiTTransformer2DModel) -> None
 
 
 def test_a_plan_from_the_statistics_of_an_earlier_run(dit: DiTTransformer2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free.planner, "_measure", lambda setup, graphs: FLAT)
+    monkeypatch.setattr(free.sampling.planning, "_measure", lambda setup, graphs: FLAT)
     stats = free.speculative_sample(dit, num_inference_steps=20, seed=0).stats
     accepted = free.plan_window(dit, num_inference_steps=20, statistics=stats)
     stats.accepted[:] = 0

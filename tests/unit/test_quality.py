@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from free.quality import HIDDEN_UNITS, Judge, frechet_distance, load_data
+from free.evaluation.quality import HIDDEN_UNITS, Judge, frechet_distance, load_data
 
 
 def blobs(count: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

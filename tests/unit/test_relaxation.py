@@ -14,9 +14,9 @@ from diffusers import DiTTransformer2DModel
 from scipy import integrate, stats
 
 import free
-from free.relaxation import DraftedSteps, divergence, excess_acceptance, relaxed_acceptance
-from free.statistics import total_variation
-from free.variance import average_learned_variance
+from free.sampling.relaxation import DraftedSteps, divergence, excess_acceptance, relaxed_acceptance
+from free.sampling.statistics import total_variation
+from free.sampling.variance import average_learned_variance
 from tests.analytic import ElementwiseTarget
 from tests.unit.helpers import GaussianModel, Recorder
 
@@ -191,7 +191,7 @@ def test_what_a_callable_is_shown() -> None:
 
 
 def test_rejection_is_a_mean_over_earlier_tests_that_fades() -> None:
-    from free.relaxation import Ledger
+    from free.sampling.relaxation import Ledger
     from free_kernels import Verification
 
     def verification(squared_norm: list[float], advance: int, rejected: bool) -> Verification:

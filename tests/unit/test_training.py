@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import free
-from free.compare import drafter_of
+from free.data.images import Digits, ImageFolder, LatentData, Photos, Rows, open_images
+from free.drafters.loading import drafter_of
 from free.training import DrafterTrainingConfig, train_drafter
 from free.training.checkpoint import load_tree, random_state, save_tree, set_random_state
 from free.training.config import add_arguments
-from free.training.data import Digits, ImageFolder, LatentData, Photos, Rows, open_images
 from free.training.examples import NoisedPairs, VisitedWindows
 from free.training.loss import drafter_loss
 from free.training.validation import acceptance, expected_rounds

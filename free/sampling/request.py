@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from free.process import ReverseProcess
+from free.processes import ReverseProcess
 from free.targets import Target, as_target
 from free.targets.base import has_rows
 from free_kernels import LATENT_STREAM, normal

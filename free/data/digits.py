@@ -1,7 +1,7 @@
-"""The digits DiT: real data that ships with scikit-learn, a target small enough to live in the package, its training.
+"""The digits: real data that ships with scikit-learn, a DiT of it that is small enough to live in the package, its drafter.
 
-The weights in ``free/demo/weights`` were made by :func:`train_digits_dit` with its defaults:
-``free-dit demo --retrain --weights free/demo/weights/digits_dit``; those of its drafter by :data:`DRAFTER_COMMAND`.
+The weights in ``free/data/weights`` were made by :func:`free.demo.retrain.train_digits_dit` with its defaults:
+``free-dit demo --retrain --weights free/data/weights/digits_dit``; those of its drafter by :data:`DRAFTER_COMMAND`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 
-from free.training import TargetTrainingConfig, train_target
-
 if TYPE_CHECKING:
     from free.drafters.feature import FeatureDrafter
 
@@ -26,7 +24,7 @@ DRAFTER_COMMAND = (
     "--max_train_steps 6000 --checkpointing_steps 1000 --checkpoints_total_limit 1 --validation_steps 6000 "
     "--save_dtype float16 --report_to none --output_dir digits_drafter"
 )
-"""How the weights in ``free/demo/weights/digits_drafter`` were made."""
+"""How the weights in ``free/data/weights/digits_drafter`` were made."""
 
 
 def weights_path() -> Path:
@@ -38,7 +36,7 @@ def load_digits_dit(path: str | Path | None = None) -> DiTTransformer2DModel:
     """Load the digits DiT in eval mode, float32, on the CPU.
 
     Args:
-        path: a folder saved by :func:`train_digits_dit`; the package's own weights if left out.
+        path: a folder saved by :func:`free.demo.retrain.train_digits_dit`; the package's own weights if left out.
 
     Raises:
         FileNotFoundError: the folder is not there.
@@ -70,47 +68,5 @@ def digits_data() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.from_numpy(data.target.astype(np.int64))
 
 
-def recognised(samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Which samples [B, 1, 8, 8] a support vector classifier trained on the real digits takes for their label; bool [B]."""
-    from sklearn.svm import SVC
-
-    images, classes = digits_data()
-    classifier = SVC(gamma="scale", C=10.0).fit(images.flatten(1).numpy(), classes.numpy())
-    predicted = classifier.predict(samples.clamp(-1, 1).flatten(1).numpy())
-    return torch.from_numpy(predicted == labels.numpy())
-
-
-def train_digits_dit(
-    output_dir: str | Path, config: TargetTrainingConfig | None = None, progress: bool = True
-) -> DiTTransformer2DModel:
-    """Train the digits DiT and save it; the default ``config`` made the embedded weights.
-
-    Returns:
-        The trained model, in eval mode.
-
-    Raises:
-        FloatingPointError: the loss turned NaN; nothing is saved.
-    """
-    images, labels = digits_data()
-
-    def draw_batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.randint(len(images), (size,))
-        return images[rows], labels[rows]
-
-    return train_target(_untrained, draw_batch, output_dir, config, progress)
-
-
 def _weights(name: str) -> Path:
-    return Path(str(resources.files("free.demo") / "weights" / name))
-
-
-def _untrained() -> DiTTransformer2DModel:
-    return DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=1,
-        num_layers=6,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=NUM_CLASSES,
-    )
+    return Path(str(resources.files("free.data") / "weights" / name))

@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 
 from free.drafters.hold import HoldX0
 from free.drafters.linear import Bands, LinearDrafter
-from free.loop import Turn, rounds
-from free.process import ReverseProcess
-from free.request import DEFAULT_STEPS, Request, check_request
-from free.sampling import speculative_sample
-from free.schedule import FixedWindow
-from free.statistics import Account, SamplingStatistics, Stopwatch, standard_error
-from free.window import Setup
+from free.processes import ReverseProcess
+from free.sampling.account import Account
+from free.sampling.loop import Turn, rounds
+from free.sampling.request import DEFAULT_STEPS, Request, check_request
+from free.sampling.samplers import speculative_sample
+from free.sampling.statistics import SamplingStatistics, Stopwatch, standard_error
+from free.sampling.window import Setup
+from free.windows import FixedWindow
 from free_kernels import guided
 
 if TYPE_CHECKING:

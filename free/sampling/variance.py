@@ -1,4 +1,4 @@
-"""The variance that a target learned beside its mean (Nichol & Dhariwal 2021, eq. 15; FREE, supplement C)."""
+"""A fixed schedule of variances, from those that a target learned, along ancestral trajectories (FREE, supplement C)."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from free.ancestral import Chain, step_on
-from free.process import ReverseProcess
-from free.request import DEFAULT_STEPS, check_request
-from free.statistics import Stopwatch
+from free.processes import ReverseProcess, learned_log_variance
+from free.sampling.ancestral import Chain, step_on
+from free.sampling.request import DEFAULT_STEPS, check_request
+from free.sampling.statistics import Stopwatch
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-
-def learned_log_variance(share: torch.Tensor, process: ReverseProcess, step: torch.Tensor) -> torch.Tensor:
-    """``share * log beta + (1 - share) * log posterior variance``, float32.
-
-    Args:
-        share: in [0, 1], of any shape; the mean of a sample's shares gives the mean of its log variances.
-        process: one that has a ``log_variance_range``.
-        step: int64, of the same shape.
-    """
-    assert process.log_variance_range is not None
-    low, high = process.log_variance_range[step].unbind(-1)
-    return share * high + (1 - share) * low
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from free.capture import Graphs
-from free.process import ReverseProcess
-from free.schedule import Schedule
-from free.statistics import Account, Known, Report, SamplingStatistics, Stopwatch
-from free.window import Live, Round, Setup, advance, first_window
+from free.processes import ReverseProcess
+from free.sampling.account import Account, Report
+from free.sampling.capture import Graphs
+from free.sampling.statistics import SamplingStatistics, Stopwatch
+from free.sampling.window import Live, Round, Setup, advance, first_window
+from free.windows import Known, Schedule
 
 
 class NonFiniteOutputError(FloatingPointError, ValueError):

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from free.ancestral import Chain, step_on
-from free.capture import AncestralGraph, Graphs, wants_capture
 from free.drafters import Drafter, as_drafter
-from free.loop import Turn, check_finite, rounds
-from free.planner import auto_window, check_window, schedule_of
-from free.process import ReverseProcess
-from free.relaxation import Relaxation
-from free.request import DEFAULT_STEPS, Callback, Request, check_request
-from free.schedule import WINDOWS, WindowPlan
-from free.statistics import Account, Report, SamplingStatistics, Stopwatch
-from free.window import Setup
+from free.processes import ReverseProcess
+from free.sampling.account import Account, Report
+from free.sampling.ancestral import Chain, step_on
+from free.sampling.capture import AncestralGraph, Graphs, wants_capture
+from free.sampling.loop import Turn, check_finite, rounds
+from free.sampling.planning import auto_window
+from free.sampling.relaxation import Relaxation
+from free.sampling.request import DEFAULT_STEPS, Callback, Request, check_request
+from free.sampling.statistics import SamplingStatistics, Stopwatch
+from free.sampling.window import Setup
+from free.windows import WINDOWS, WindowPlan, check_window, schedule_of
 from free_kernels import NOISE_STREAM, normal
 from free_kernels.dispatch import resolve
 
@@ -158,7 +159,7 @@ def speculative_sample(
             result.settle(turn)
             bar.update(int(turn.known.step.sum()) - bar.n)
             bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
-        stats.take(account)
+        account.report_to(stats)
         stats.seconds = watch.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)

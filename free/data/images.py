@@ -75,7 +75,7 @@ class Digits(Images):
     num_classes, fingerprint = 10, "digits"
 
     def __init__(self) -> None:
-        from free.demo.digits import digits_data
+        from free.data.digits import digits_data
 
         self.images, self.labels = digits_data()
 

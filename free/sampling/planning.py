@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -10,20 +9,18 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from free.capture import Graphs, drafter_key, wants_capture
 from free.drafters import Drafter, as_drafter
-from free.loop import rounds
-from free.process import ReverseProcess
-from free.request import DEFAULT_STEPS, Request, check_request
-from free.schedule import WINDOWS, AutoWindow, Experience, FixedWindow, RoundSeconds, Schedule, WindowPlan
-from free.statistics import Account, SamplingStatistics, Stopwatch
-from free.window import Setup, advance, first_window
+from free.processes import ReverseProcess
+from free.sampling.account import Account
+from free.sampling.capture import Graphs, drafter_key, wants_capture
+from free.sampling.loop import rounds
+from free.sampling.request import DEFAULT_STEPS, Request, check_request
+from free.sampling.statistics import SamplingStatistics, Stopwatch
+from free.sampling.window import Setup, advance, first_window
+from free.windows import WINDOWS, AutoWindow, Experience, RoundSeconds, WindowPlan, by_window
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-_REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
-_ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
 
 _REMEMBERED: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 """What was measured and seen of each model, as long as the model lives."""
@@ -102,20 +99,6 @@ def plan_window(
     return schedule.plan(request.batch)
 
 
-def check_window(window: Any) -> None:
-    """Raise a ValueError unless ``window`` is a positive int, ``"auto"`` or a plan."""
-    fits = isinstance(window, WindowPlan) or window == "auto" or (type(window) is int and window >= 1)
-    if not fits:
-        raise ValueError(f"window is {window!r}; allowed is an int, 1 or more, 'auto', or a plan of free.plan_window")
-
-
-def schedule_of(window: int | str | WindowPlan) -> Schedule | None:
-    """The schedule that a checked ``window`` stands for; None is one that has to be measured, :func:`auto_window`."""
-    if isinstance(window, WindowPlan):
-        return window
-    return FixedWindow(window) if isinstance(window, int) else None
-
-
 def auto_window(setup: Setup, graphs: Graphs | None) -> AutoWindow:
     """A schedule that knows what was measured and seen of this model before."""
     request = setup.request
@@ -168,38 +151,6 @@ def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
     # a wider window that took less shows what a narrower one takes at most
     least = np.minimum.accumulate(np.array(list(seconds.values()))[::-1])[::-1]
     return RoundSeconds(states, least)
-
-
-def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> dict[int, float]:
-    """Seconds of ``run(window)`` for wider and wider windows, until wider ones are no cheaper a state."""
-    taken: dict[int, float] = {}
-    for window in (window for window in WINDOWS if window <= widest):
-        run(window)  # shapes that are met for the first time are slow
-        taken[window] = _timed(run, window, device)
-        # the narrower one takes turns with it: of a machine that is busy at times, neither sees more
-        pair = (window, window // 2) if window > 1 else (window,)
-        for _ in range(_REPEATS):
-            for one in pair:
-                taken[one] = min(taken[one], _timed(run, one, device))
-        # twice as wide goes less than twice as far
-        if window > 1 and taken[window] > 1.8 * taken[window // 2]:
-            break
-    return taken
-
-
-def _timed(run: Callable[[int], Any], window: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(_ROUNDS_ON_CUDA):
-            run(window)
-        torch.cuda.synchronize(device)
-        return (time.perf_counter() - begin) / _ROUNDS_ON_CUDA
-    # a single thread's own time is not stretched by what else the machine does
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    run(window)
-    return clock() - begin
 
 
 def _remember(request: Request, key: Hashable, make: Callable[[], Any]) -> Any:

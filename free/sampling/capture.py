@@ -1,9 +1,9 @@
 """Rounds as CUDA graphs: what a round launches is recorded once for each batch size and window, and replayed.
 
-A graph reads and writes memory of its own. All graphs of a batch size share one set of buffers, :class:`free.window.Live`,
-which a round moves on in place; what is not a tensor (the guidance scale, the shapes) is baked in. Noise is made from seed
-and step, so that no random state has to follow. The graphs stay with the target: who samples again with the same
-:class:`free.Target` finds them there.
+A graph reads and writes memory of its own. All graphs of a batch size share one set of buffers,
+:class:`free.sampling.window.Live`, which a round moves on in place; what is not a tensor (the guidance scale, the shapes) is
+baked in. Noise is made from seed and step, so that no random state has to follow. The graphs stay with the target: who
+samples again with the same :class:`free.Target` finds them there.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from free.ancestral import Chain, step_on
 from free.drafters import Drafter
-from free.relaxation import Relaxation
-from free.request import Request
-from free.statistics import Account, Stopwatch
+from free.sampling.account import Account
+from free.sampling.ancestral import Chain, step_on
+from free.sampling.relaxation import Relaxation
+from free.sampling.request import Request
+from free.sampling.statistics import Stopwatch
+from free.sampling.tensors import assign
+from free.sampling.window import Live, Round, Setup, advance
 from free.targets import Target
-from free.tensors import assign
-from free.window import Live, Round, Setup, advance
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class Graphs:
         return graphs
 
     def advance(self, live: Live, window: int, watch: Stopwatch) -> tuple[Live, Round]:
-        """As :func:`free.window.advance`, the round entered in :attr:`account`.
+        """As :func:`free.sampling.window.advance`, the round entered in :attr:`account`.
 
         What is returned lasts until the next round, and the situation's state and last window have moved on already.
         """
@@ -161,7 +162,7 @@ class AncestralGraph:
         return graph
 
     def advance(self, chain: Chain, watch: Stopwatch) -> Chain:
-        """As :func:`free.ancestral.step_on`, entered in :attr:`account`. What is returned lasts until the next step."""
+        """As :func:`step_on`, entered in :attr:`account`. What is returned lasts until the next step."""
         if chain is not self._chain:
             assign(self._chain, chain)
         with watch("round"):

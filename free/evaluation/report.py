@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from free.statistics import aligned
+from free.sampling.statistics import aligned
 
 _DRAWN_WINDOW = 8  # the sampler's default, for the panels that show one window
 _BINS = 25
@@ -16,7 +16,7 @@ _BINS = 25
 _DISTANCES = {"energy": "energy distance from real data", "frechet": "Fréchet distance from real data"}
 _MEANINGS = {
     "TV at most": "TV: of relaxed rows, bound on the total variation from the exact law (docs/relaxation.md)",
-    "energy": "energy, Fréchet: distances from real data, ± what so few samples leave open (free.quality)",
+    "energy": "energy, Fréchet: distances from real data, ± what so few samples leave open (free.evaluation.quality)",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a run cost and how its drafts fared: added up where the samples are, read by the host, reported."""
+"""What a run cost and how its drafts fared, as it is reported."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from free.window import Live, Round
 
 PHASES = ("draft", "target", "verification")
 """Of a round; one that is captured is a single phase, ``"round"``."""
@@ -85,103 +82,6 @@ class Stopwatch:
 
     def _add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-
-class Account:
-    """What the statistics are made of, added up where the samples are: a round is entered without asking the device."""
-
-    def __init__(self, num_steps: int, seed: torch.Tensor) -> None:
-        self.num_steps = num_steps
-        self.progress = torch.zeros(4, len(seed), dtype=torch.int64, device=seed.device)
-        """int64 [4, B]: each sample's step, its rounds, and the first step at which the model, and at which the drafter, was
-        not finite (S where none was).
-        """
-        self.by_step = torch.zeros(num_steps, 3, dtype=torch.float64, device=seed.device)
-        """float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests."""
-        self.spent = torch.zeros(len(seed), 2, dtype=torch.float64, device=seed.device)
-        """float64 [B, 2]: each sample's excess acceptance and divergence."""
-        self.reset()
-
-    def reset(self) -> None:
-        """Nothing was done yet."""
-        self.progress[:2].zero_()
-        self.progress[2:].fill_(self.num_steps)
-        self.by_step.zero_()
-        self.spent.zero_()
-
-    def add(self, live: Live, done: Round) -> None:
-        """Enter a round that brought the samples to ``live``."""
-        advance, rejected = done.verification.advance, done.verification.rejected
-        _, rounds, model_broke, drafter_broke = self.progress[:, live.index].unbind()
-        finite = torch.isfinite(live.state).all(-1)
-        model_broke = torch.where(finite, model_broke, torch.minimum(model_broke, live.step - 1))
-        squared_norm = done.verification.squared_norm.double()  # [B, W-1]
-        if squared_norm.shape[1]:
-            column = torch.arange(squared_norm.shape[1], device=advance.device)
-            steps = (done.step[:, None] + column).clamp_(max=self.num_steps - 1)  # [B, W-1]
-            accepted = column < (advance - 1)[:, None]
-            tested = column < (advance - 1 + rejected)[:, None]
-            delta = torch.where(tested, squared_norm.sqrt(), 0.0)
-            entries = torch.stack((tested.double(), accepted.double(), delta), -1)
-            self.by_step.index_add_(0, steps.flatten(), entries.flatten(0, 1))
-            broken = torch.where(torch.isfinite(delta), self.num_steps, steps).amin(-1)
-            drafter_broke = torch.minimum(drafter_broke, broken)
-        self.progress[:, live.index] = torch.stack((live.step, rounds + (done.length > 0), model_broke, drafter_broke))
-        if live.ledger is not None:
-            self.spent[live.index] = live.ledger.spent
-
-    def add_step(self, step: torch.Tensor, state: torch.Tensor) -> None:
-        """Enter that the ancestral sampler brought all samples to ``step`` [B] and ``state`` [B, D]."""
-        finite = torch.isfinite(state).all(-1)
-        self.progress[0] = step
-        self.progress[2] = torch.where(finite, self.progress[2], torch.minimum(self.progress[2], step - 1))
-
-
-@dataclass
-class Known:
-    """What the host knows of an account."""
-
-    step: np.ndarray
-    """int64 [B]: steps settled."""
-    rounds: np.ndarray
-    """int64 [B]."""
-    broke: np.ndarray
-    """int64 [2, B]: the first step that the model's and that the drafter's fault is, else S."""
-    tested: np.ndarray
-    """float64 [S]."""
-    accepted: np.ndarray
-    """float64 [S]."""
-
-    @classmethod
-    def nothing(cls, batch: int, num_steps: int) -> Known:
-        """Before the first round."""
-        zeros = np.zeros((2, batch), np.int64)
-        return cls(zeros[0], zeros[1], zeros + num_steps, np.zeros(num_steps), np.zeros(num_steps))
-
-
-class Report:
-    """An account on its way to the host, which waits for it only when it reads it."""
-
-    def __init__(self, account: Account) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        self._progress, self._by_step = _sent(account.progress), _sent(account.by_step)
-        if account.progress.device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> Known:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        progress = self._progress.numpy()
-        tested, accepted, _ = self._by_step.numpy().T
-        return Known(progress[0], progress[1], progress[2:], tested, accepted)
-
-
-def _sent(values: torch.Tensor) -> torch.Tensor:
-    """A copy on the host; from CUDA it arrives later, and nobody waits."""
-    if values.device.type != "cuda":
-        return values.clone()
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 @dataclass
@@ -277,13 +177,6 @@ class SamplingStatistics:
         for first in range(0, states, limit or states):
             self.forwards += 1
             self.forward_batch_sizes[min(limit or states, states - first)] += 1
-
-    def take(self, account: Account) -> None:
-        """Take over what was added up on the device; waits for it."""
-        self.rounds = account.progress[1].cpu().numpy()
-        tested, accepted, self.delta_sum = account.by_step.cpu().numpy().T
-        self.tested, self.accepted = tested.astype(np.int64), accepted.astype(np.int64)
-        self.excess_acceptance, self.divergence = account.spent.cpu().numpy().T
 
     def summary(self) -> str:
         """A short table for people."""

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from free.drafters import Drafter, LastWindow, Situation
-from free.relaxation import Ledger, Relaxation
-from free.request import Request
-from free.statistics import Stopwatch
+from free.sampling.relaxation import Ledger, Relaxation
+from free.sampling.request import Request
+from free.sampling.statistics import Stopwatch
+from free.sampling.tensors import map_tensors
 from free.targets.base import TargetOutput, take_rows
-from free.tensors import map_tensors
 from free_kernels import NOISE_STREAM, TEST_STREAM, Verification, normal, uniform, verify
 from free_kernels.dispatch import resolve
 

@@ -10,19 +10,16 @@ Prediction type, variance, spacing and stochasticity are choices of the construc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from free.processes.ddpm import ddpm_scheduler
+from free.processes.schedulers import scheduler_columns
 from free_kernels import StepTable
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-VARIANCES = ("posterior", "beta", "geometric")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 _COLUMNS = (
     "state_coef",
@@ -182,24 +179,11 @@ class ReverseProcess:
         Raises:
             ValueError: an argument that is not among what is listed here, named.
         """
-        from diffusers import DDPMScheduler
-
-        trained_betas = None
-        if isinstance(beta_schedule, torch.Tensor):
-            trained_betas = _check_betas(beta_schedule, num_train_timesteps)
-            num_train_timesteps = len(trained_betas)
-        elif beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(f"beta_schedule is {beta_schedule!r}; known are {_known(BETA_SCHEDULES)} or a tensor of betas")
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {prediction_type!r}; known are {_known(PREDICTION_TYPES)}")
-        if timestep_spacing not in TIMESTEP_SPACINGS:
-            raise ValueError(f"timestep_spacing is {timestep_spacing!r}; known are {_known(TIMESTEP_SPACINGS)}")
-        scheduler = DDPMScheduler(
+        scheduler = ddpm_scheduler(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
-            beta_schedule=beta_schedule if trained_betas is None else "linear",
-            trained_betas=trained_betas,
+            beta_schedule=beta_schedule,
             clip_sample=clip_sample,
             clip_sample_range=clip_sample_range,
             prediction_type=prediction_type,
@@ -234,149 +218,4 @@ class ReverseProcess:
             ValueError: another scheduler, dynamic thresholding, learned variance with ``variance=None``, or an argument
                 out of range.
         """
-        from diffusers import DDIMScheduler, DDPMScheduler
-
-        if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
-            raise ValueError(
-                f"scheduler is a {type(scheduler).__name__}; allowed are DDPMScheduler and DDIMScheduler "
-                "(DDPMScheduler.from_config(scheduler.config) often serves), or a ReverseProcess with columns of your own"
-            )
-        config = scheduler.config
-        if config.thresholding:
-            raise ValueError(
-                "scheduler has thresholding=True: dynamic thresholding is not a Gaussian step that can be coupled; "
-                "use clip_sample=True with a clip_sample_range instead"
-            )
-        if variance is None:
-            variance = _scheduler_variance(config)
-        if not isinstance(variance, torch.Tensor) and variance not in VARIANCES:
-            raise ValueError(f"variance is {variance!r}; known are {_known(VARIANCES)} or a tensor of variances")
-        steps = _check_count("num_inference_steps", num_inference_steps, config.num_train_timesteps)
-        _check_noise_level(stochasticity, eta, variance)
-
-        # a scheduler of our own: set_timesteps would change the user's
-        # (from_config would forget what was given to the scheduler by position: diffusers counts it as a default)
-        values = {name: value for name, value in config.items() if name != "_use_default_values"}
-        scheduler = DDPMScheduler.from_config(values, variance_type="fixed_small")
-        scheduler.set_timesteps(steps)
-        timestep = scheduler.timesteps.clone()
-        if timestep.max() >= config.num_train_timesteps:
-            raise ValueError(
-                f"steps_offset is {config.steps_offset}: the first timestep would be {int(timestep.max())}, "
-                f"beyond the {config.num_train_timesteps} trained ones"
-            )
-        return cls(
-            timestep=timestep,
-            clip_range=float(config.clip_sample_range) if config.clip_sample else None,
-            **_ddpm_columns(scheduler.betas.double(), timestep, config.prediction_type, variance, stochasticity, eta),
-        )
-
-
-def _ddpm_columns(
-    betas: torch.Tensor,
-    timestep: torch.Tensor,
-    prediction_type: str,
-    variance: str | torch.Tensor,
-    stochasticity: float,
-    eta: float | None,
-) -> dict[str, torch.Tensor]:
-    """All columns in float64, from the cumulative alphas at each timestep and at the one after it in sampling order."""
-    signal = (1 - betas).cumprod(0)[timestep]  # alpha-bar of x[k], [S]
-    next_signal = torch.cat((signal[1:], signal.new_ones(1)))  # of x[k+1]; the last step ends at the data
-    alpha = signal / next_signal
-    beta = 1 - alpha
-
-    posterior = beta * (1 - next_signal) / (1 - signal)
-    if isinstance(variance, torch.Tensor):
-        std = _check_variance(variance, len(timestep)).sqrt()
-    else:
-        std = {"posterior": posterior, "beta": beta, "geometric": (posterior * beta).sqrt()}[variance].sqrt()
-        std = torch.where(timestep > 0, std, 0.0)  # as DDPMScheduler.step: no noise on the way to timestep -1 from 0
-
-    # the mean in terms of the state and of x0
-    if eta is None:
-        std = stochasticity * std
-        # the noise estimate is (x - sqrt(signal) x0) / sqrt(1 - signal); DDPM's mean takes it off x / sqrt(alpha)
-        drift = (1 + stochasticity**2) / 2 * beta / (alpha.sqrt() * (1 - signal))
-        clip_state_coef = alpha.rsqrt() - drift
-        clip_x0_coef = drift * signal.sqrt()
-        if stochasticity == 1:
-            # the same numbers without the division by a small alpha
-            clip_state_coef = alpha.sqrt() * (1 - next_signal) / (1 - signal)
-            clip_x0_coef = next_signal.sqrt() * beta / (1 - signal)
-    else:
-        std = eta * posterior.clamp(min=0).sqrt()
-        clip_state_coef = ((1 - next_signal - std**2).clamp(min=0) / (1 - signal)).sqrt()
-        clip_x0_coef = next_signal.sqrt() - signal.sqrt() * clip_state_coef
-
-    x0_state_coef, x0_model_coef = {
-        "epsilon": (signal.rsqrt(), -((1 - signal) / signal).sqrt()),
-        "v_prediction": (signal.sqrt(), -(1 - signal).sqrt()),
-        "sample": (torch.zeros_like(signal), torch.ones_like(signal)),
-    }[prediction_type]
-    return {
-        "state_coef": clip_state_coef + clip_x0_coef * x0_state_coef,
-        "model_coef": clip_x0_coef * x0_model_coef,
-        "std": std,
-        "x0_state_coef": x0_state_coef,
-        "x0_model_coef": x0_model_coef,
-        "clip_state_coef": clip_state_coef,
-        "clip_x0_coef": clip_x0_coef,
-        # the last posterior variance is 0: its logarithm is cut off where diffusers does it
-        "log_variance_range": torch.stack((posterior, beta), -1).clamp(min=1e-20).log(),
-    }
-
-
-def _scheduler_variance(config: Any) -> str:
-    """The named variance of a scheduler's ``variance_type``; DDIM has none and takes the posterior's."""
-    variance_type = config.get("variance_type", "fixed_small")
-    if variance_type.startswith("learned"):
-        raise ValueError(
-            f"scheduler has variance_type={variance_type!r}: draft and target must share a fixed std; give "
-            f"variance={_known(VARIANCES)} or a tensor of variances ('geometric' is the middle of a learned range)"
-        )
-    return "beta" if variance_type.startswith("fixed_large") else "posterior"
-
-
-def _check_betas(betas: torch.Tensor, num_train_timesteps: int) -> list[float]:
-    if betas.dim() != 1 or not len(betas) or not bool(((betas > 0) & (betas <= 1)).all()):
-        raise ValueError(
-            f"beta_schedule is a tensor of shape {tuple(betas.shape)}; allowed are one dimension and betas in (0, 1]"
-        )
-    if num_train_timesteps not in (1000, len(betas)):
-        raise ValueError(f"num_train_timesteps is {num_train_timesteps}; beta_schedule holds {len(betas)} betas")
-    return betas.double().tolist()
-
-
-def _check_variance(variance: torch.Tensor, num_steps: int) -> torch.Tensor:
-    if variance.shape != (num_steps,):
-        raise ValueError(f"variance has shape {tuple(variance.shape)}; allowed is ({num_steps},), one for each step")
-    variance = variance.detach().cpu().double()
-    if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
-        raise ValueError("variance holds a value that is negative or not finite; allowed is 0 or more")
-    return variance
-
-
-def _check_count(name: str, count: int, most: int) -> int:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"{name} is {count!r}; allowed is an int, 1 … {most}")
-    if not 1 <= count <= most:
-        raise ValueError(f"{name} is {count}; allowed is 1 … {most}, the steps that the process has")
-    return count
-
-
-def _check_noise_level(stochasticity: float, eta: float | None, variance: str | torch.Tensor) -> None:
-    if not 0 <= stochasticity < float("inf"):
-        raise ValueError(f"stochasticity is {stochasticity}; allowed is 0 or more")
-    if eta is None:
-        return
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; allowed is 0 … 1")
-    if stochasticity != 1:
-        raise ValueError(f"stochasticity is {stochasticity} and eta is {eta}; give one of them")
-    if not isinstance(variance, str) or variance != "posterior":
-        raise ValueError(f"eta is {eta} with variance {variance!r}; eta scales the posterior variance, leave variance out")
-
-
-def _known(names: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, names))
+        return cls(**scheduler_columns(scheduler, num_inference_steps, variance, stochasticity, eta))

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from free.request import Request
-from free.statistics import Stopwatch
+from free.sampling.request import Request
+from free.sampling.statistics import Stopwatch
+from free.sampling.tensors import map_tensors
 from free.targets import TargetOutput
-from free.tensors import map_tensors
 from free_kernels import posterior
 
 

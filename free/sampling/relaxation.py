@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from free.drafters import Situation
-from free.process import ReverseProcess
+from free.processes import ReverseProcess, learned_log_variance
 from free.targets import Target, TargetOutput
-from free.variance import learned_log_variance
 from free_kernels import Proposal, Verification, acceptance
 
 UNCERTAINTIES = ("learned", "residual")

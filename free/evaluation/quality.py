@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from free.statistics import standard_error
+from free.sampling.statistics import standard_error
 
 HIDDEN_UNITS = 64
 _EPOCHS = 100
@@ -141,7 +141,7 @@ def load_data(word: str) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: another file, or one that lacks either array.
     """
     if word == "digits":
-        from free.demo.digits import digits_data
+        from free.data.digits import digits_data
 
         return digits_data()
     path = Path(word)

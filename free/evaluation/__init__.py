@@ -1,0 +1,1 @@
+"""What samplers are worth: compared, judged by real data, reported."""

@@ -1,0 +1,191 @@
+"""``free-dit compare``: any drafters against one target, over windows, steps, guidance scales, processes and relaxations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from free.data.digits import weights_path
+from free.drafters.loading import drafter_of
+from free.evaluation.configuration import Configuration, Contender, key, label
+from free.evaluation.measure import learned_tensors, measure
+from free.evaluation.quality import Judge, load_data
+from free.evaluation.report import draw, draw_quality, table
+from free.evaluation.rows import append_row, environment, read_rows
+from free.processes import VARIANCES, ReverseProcess
+from free.sampling.relaxation import Relaxation
+from free.targets.loading import default_device, fingerprint, load_target
+
+DEFAULT_RESULTS = Path("benchmarks/results/compare.jsonl")
+"""Where the rows go if the caller names no file and is in a checkout."""
+
+
+def compare(
+    *,
+    model: Path | None = None,
+    drafters: Sequence[str] = ("hold-x0", "hold-output"),
+    windows: Sequence[int] = (2, 4, 8, 16, 32, 64),
+    steps: Sequence[int] = (50, 250),
+    guidance_scales: Sequence[float] = (1.5,),
+    variance: Sequence[str] = ("posterior",),
+    stochasticity: Sequence[float] = (1.0,),
+    relaxation: Sequence[float] = (0.0,),
+    uncertainty: str = "residual",
+    budget: float | None = None,
+    data: str | None = None,
+    samples: int = 16,
+    batch_size: int = 16,
+    seed: int = 0,
+    output: Path = Path("compare.png"),
+    results: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Sample with every drafter, window, number of steps, guidance scale, process and relaxation; print the table, draw the
+    figure.
+
+    Sample i has label i modulo the model's classes and seed ``seed + i``, whatever the batch size.
+
+    Args:
+        model: a folder saved by ``DiTTransformer2DModel.save_pretrained``; the package's digits DiT if left out.
+        drafters: words that :func:`drafter_of` takes.
+        windows: W, each at least 1 (which is the ancestral sampler).
+        steps: S.
+        guidance_scales: each at least 1 (none).
+        variance: of the process, names that :meth:`free.ReverseProcess.ddpm` takes, or ``"learned"``, the model's own as
+            :func:`free.average_learned_variance` makes it.
+        stochasticity: of the process, as there.
+        relaxation: strengths, 0 being exact; a window of 1 tests nothing and is measured once, as exact.
+        uncertainty: ``"residual"`` or ``"learned"``.
+        budget: of a relaxed sample.
+        data: real images that the samples are judged by (:mod:`free.evaluation.quality`), as its ``load_data`` takes them;
+            the figure is then quality over rounds. None judges nothing.
+        samples: drawn for each configuration.
+        batch_size: samples drawn at once, which milliseconds depend on.
+        seed: of the first sample.
+        output: the figure, in a format that matplotlib writes.
+        results: a JSON-lines file to which each configuration's row is appended as soon as it is measured; if left out,
+            :data:`DEFAULT_RESULTS` where its folder exists, else no rows are written.
+        resume: take over the rows that ``results`` already holds for the same model, drafter, configuration and device.
+        progress: show a bar that counts samples.
+
+    Returns:
+        One row a configuration.
+
+    Raises:
+        ValueError, OSError: a wrong argument, a folder without a DiT, or a file that cannot be written; before any work
+            is done.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the figure needs {error.name}: pip install 'free-dit[demo]'") from error
+    drafters, windows, steps = _distinct("drafters", drafters), _distinct("windows", windows), _distinct("steps", steps)
+    guidance_scales = [float(scale) for scale in _distinct("guidance_scales", guidance_scales)]
+    for name, values in {"windows": windows, "samples": [samples], "batch_size": [batch_size]}.items():
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} holds {value!r}; allowed are ints, 1 or more")
+    for scale in guidance_scales:
+        if not 1 <= scale < float("inf"):
+            raise ValueError(f"guidance_scales holds {scale}; allowed is 1 (no guidance) or more")
+    chosen = [drafter_of(word, default_device()) for word in drafters]
+    relaxations = [Relaxation(strength, uncertainty, budget) for strength in _distinct("relaxation", relaxation)]
+    variance, stochasticity = _distinct("variance", variance), _distinct("stochasticity", stochasticity)
+    for word in variance:
+        if word not in (*VARIANCES, "learned"):
+            raise ValueError(f"variance holds {word!r}; known are {', '.join(map(repr, (*VARIANCES, 'learned')))}")
+    _check_output(output)
+    if results is None and DEFAULT_RESULTS.parent.is_dir():
+        results = DEFAULT_RESULTS
+    if results is not None:
+        _check_file("results", results)
+    if resume and results is None:
+        raise ValueError("resume needs the results of the run that it continues; give a results file")
+    known = {key(row): row for row in read_rows(results) if row.get("benchmark") == "compare"} if resume and results else {}
+
+    target = load_target(weights_path() if model is None else model)
+    for drafter in chosen:
+        drafter.check(target)
+    if "learned" in variance:
+        target.check_learned_variance()
+    for count in steps:
+        for level in stochasticity:
+            process = ReverseProcess.ddpm(count, stochasticity=level)
+    if any(one.strength for one in relaxations):
+        relaxations[0].check(target, process)
+    judge = None if data is None else Judge(*load_data(data))
+    if judge is not None and judge.sample_shape != target.sample_shape:
+        raise ValueError(f"data has images of shape {judge.sample_shape}; the model's samples are {target.sample_shape}")
+    if judge is not None and samples < 3:
+        raise ValueError(f"samples is {samples}; allowed is 3 or more, where data judges them")
+    contenders = [
+        Contender(label(word), drafter, learned_tensors(drafter, target))
+        for word, drafter in zip(drafters, chosen, strict=True)
+    ]
+    run = {
+        "benchmark": "compare",
+        "model": "digits" if model is None else model.resolve().name,
+        "model_fingerprint": fingerprint(target),
+        "samples": samples,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    # a long run is measured on the code that it started with, whatever happens to the checkout meanwhile
+    measured_on = environment()
+
+    rows: list[dict[str, Any]] = []
+    configurations = [
+        Configuration(scale, count, word, float(level), contender, window, one)
+        for scale in guidance_scales
+        for count in steps
+        for word in variance
+        for level in stochasticity
+        for contender in contenders
+        for window in windows
+        for one in (relaxations if window > 1 else [Relaxation(0.0)])
+    ]
+    with tqdm(total=len(configurations) * samples, disable=not progress, unit="sample") as bar:
+        for configuration in configurations:
+            bar.set_description(configuration.title)
+            described = {**run, **configuration.row(), **({} if judge is None else {"data_fingerprint": judge.fingerprint})}
+            row = known.get(key({**measured_on, **described}))
+            if row is None:
+                row = {**described, **measure(target, configuration, described, judge, bar)}
+                row = {**measured_on, **row} if results is None else append_row(results, row, measured_on)
+            else:
+                bar.update(samples)
+            rows.append(row)
+    print(table(rows))
+    (draw if judge is None else draw_quality)(rows, output)
+    print(f"\nfigure: {output}" + (f"\nrows: {results}" if results is not None else ""))
+    return rows
+
+
+def _distinct(name: str, values: Sequence[Any]) -> list[Any]:
+    if not len(values):
+        raise ValueError(f"{name} is empty; at least one is needed")
+    return list(dict.fromkeys(values))
+
+
+def _check_output(output: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    _check_file("output", output)
+    allowed = sorted(FigureCanvasBase.get_supported_filetypes())
+    if output.suffix[1:].lower() not in allowed:
+        raise ValueError(f"output is {str(output)!r}; allowed are files that end in .{', .'.join(allowed)}")
+
+
+def _check_file(name: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name} is {str(path)!r}, and its folder does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is {str(path)!r}, which is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{name} is {str(path)!r}, which cannot be written")

@@ -1,0 +1,68 @@
+"""A DiT in a folder, and what it is recognised by wherever it is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from free.targets.dit import DiTTarget
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_target(folder: Path) -> DiTTarget:
+    """The DiT in a folder, in eval mode, float32, on the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: the folder is not there, or holds no ``config.json``.
+        ValueError: it holds something else than a whole DiT.
+    """
+    from diffusers import DiTTransformer2DModel
+    from safetensors import SafetensorError
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no model in {str(folder)!r}: expected config.json and safetensors, as DiTTransformer2DModel.save_pretrained "
+            "writes them"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name = config.get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} is no model's configuration: {error}") from error
+    if name != "DiTTransformer2DModel":
+        raise ValueError(f"model in {str(folder)!r} is a {name}; allowed is a DiTTransformer2DModel")
+    try:
+        model, report = DiTTransformer2DModel.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model in {str(folder)!r} cannot be loaded: {error}") from error
+    # diffusers fills what is missing with random numbers
+    if report["missing_keys"]:
+        raise ValueError(f"model in {str(folder)!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])} …")
+    return DiTTarget(model.eval().to(default_device()))
+
+
+def fingerprint(target: DiTTarget) -> str:
+    """Sixteen hexadecimal digits that follow from the model's configuration and weights, wherever they are stored."""
+    config = {name: value for name, value in target.transformer.config.items() if not name.startswith("_")}
+    state = target.transformer.state_dict()
+    return digest((state[name] for name in sorted(state)), json.dumps(config, sort_keys=True, default=str))
+
+
+def digest(tensors: Iterable[torch.Tensor], text: str = "") -> str:
+    """Sixteen hexadecimal digits of the tensors' dtypes, shapes and bytes, and of ``text``."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,20 @@
+"""How wide a window each round takes: given, planned, or chosen on the way."""
+
+from free.windows.automatic import AutoWindow, Experience, RoundSeconds, expected_advance
+from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan, check_window, schedule_of
+from free.windows.timing import by_window
+
+__all__ = [
+    "WINDOWS",
+    "AutoWindow",
+    "Experience",
+    "FixedWindow",
+    "Known",
+    "RoundSeconds",
+    "Schedule",
+    "WindowPlan",
+    "by_window",
+    "check_window",
+    "expected_advance",
+    "schedule_of",
+]
