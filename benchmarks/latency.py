@@ -14,7 +14,7 @@ from free.drafters import Drafter, FeatureDrafter, as_drafter
 from free.sampling.capture import Graphs
 from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
-from free.sampling.window import Setup, advance, evaluate, first_window
+from free.sampling.window import Setup, advance, evaluate, first_window, propose
 
 IMPLEMENTATIONS = ("compiled and captured", "captured", "compiled", "eager")
 BEST = IMPLEMENTATIONS[0]
@@ -167,14 +167,13 @@ def _of_a_round(setup: Setup) -> tuple[float, float, float]:
     live = first_window(setup, request.initial_state())
     for _ in range(_ROUNDS):
         live, _ = advance(live, setup, setup.widest, silent)
-    _, done = advance(live, setup, setup.widest, silent)
-    situation, states, step, length = done.situation, done.states, done.step, done.length
+    proposed = propose(live, setup, setup.widest)
 
     def forward() -> Any:
-        return evaluate(states, step, length, request.conditioning, setup)
+        return evaluate(proposed.query, request.conditioning, request)
 
     def draft() -> Any:
-        return setup.drafter.propose(situation)
+        return setup.drafter.propose(proposed.situation)
 
     graphs = Graphs(setup) if device.type == "cuda" else None
 

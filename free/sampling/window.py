@@ -1,10 +1,13 @@
-"""One round of speculative sampling: propose, evaluate, verify, remember. The file to read first.
+"""One round of speculative sampling: propose, evaluate, settle. The file to read first.
 
 Each live sample stands at a step of its own. A round drafts its next W-1 steps, evaluates the target at all W states of all
 samples in one forward, settles the steps up to the first rejection (reflected) or up to the exact last step of the window,
 and keeps the whole evaluated window, abandoned states included, as the anchors of the next drafts. Noise is a pure function
 of seed and step: steps beyond a rejection meet the noise they were drafted with, which decided nothing and is still N(0, I)
 given all that was decided (FREE, arXiv 2511.20390, supplement B, with noise reuse on top).
+
+The two halves around the evaluation know nothing of the target but its answers, so that whoever evaluates drives the same
+rounds: the sampler's loop, a captured graph, a pipeline's own loop, several processes.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from typing import Any
 import torch
 
 from free.drafters import Drafter, LastWindow, Situation
+from free.sampling.noise import NoiseWindow
 from free.sampling.relaxation import Ledger, Relaxation
 from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.tensors import map_tensors
 from free.targets.base import TargetOutput, take_rows
-from free_kernels import NOISE_STREAM, TEST_STREAM, Verification, normal, uniform, verify
+from free_kernels import Proposal, Verification, verify
 from free_kernels.dispatch import resolve
 
 
@@ -127,107 +131,156 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     return Live(index, seed, step, state, last, request.conditioning, noise, ledger)
 
 
+@dataclass
+class Query:
+    """The N states that a round asks the target about, those of all samples: one forward answers them."""
+
+    states: torch.Tensor
+    """float32 [N, D]."""
+    step: torch.Tensor
+    """int64 [N]."""
+    sample: torch.Tensor
+    """int64 [N]: the live sample that each one belongs to, which is its row of the conditioning."""
+    place: torch.Tensor | None
+    """int64 [N]: where each one stands in the windows [B * W]; None is everywhere, in order."""
+
+
+@dataclass
+class Proposed:
+    """A drafted window of each sample, half a round: the target's answer to :attr:`query` is the other half's."""
+
+    situation: Situation
+    """What the drafts leant on."""
+    proposal: Proposal
+    """States [B, W, D] and draft outputs [B, W-1, D]."""
+    length: torch.Tensor
+    """int64 [B]: states that count; 0 for a finished sample."""
+    uniforms: torch.Tensor | None
+    """float32 [B, W] of the tests where they are at hand; None leaves them to the operations."""
+    query: Query
+
+
 def advance(live: Live, setup: Setup, window: int, watch: Stopwatch) -> tuple[Live, Round]:
     """One round of ``window`` states a sample: the samples moved on, and what was done."""
+    with watch("draft"):
+        proposed = propose(live, setup, window)
+    with watch("target"):
+        output = evaluate(proposed.query, live.conditioning, setup.request)
+    with watch("verification"):
+        return settle(live, setup, proposed, output)
+
+
+def propose(live: Live, setup: Setup, window: int) -> Proposed:
+    """The first half of a round: drafts, and the states at which the target is wanted. Asks the target nothing."""
     request, process = setup.request, setup.request.process
     last_step = process.num_steps - 1
     step = live.step.clamp(max=last_step)  # a finished sample's is beyond the tables
     length = (setup.reach[step] - step + 1).clamp(max=window)  # [B]
     if setup.static_shapes:
         length = torch.where(live.step > last_step, 0, length)
-
-    with watch("draft"):
-        noise, uniforms = live.noise.reach(live.seed, step, window) if live.noise else (None, None)
-        situation = Situation(
-            live.state,
-            step,
-            live.seed,
-            window,
-            live.last,
-            noise,
-            process,
-            request.target,
-            live.conditioning,
-            request.sample_shape,
-            request.guidance_scale,
-            setup.impl,
-        )
-        proposal = setup.drafter.propose(situation)
-        states, draft_output = proposal  # [B, W, D], [B, W-1, D]
-
-    with watch("target"):
-        output, evaluated = evaluate(states, step, length, live.conditioning, setup)
-
-    with watch("verification"):
-        tau, ledger = None, live.ledger
-        if setup.relaxation and ledger:
-            tau = ledger.tau(setup.relaxation, situation, proposal, output, length)  # [B, W-1]
-        verification = verify(
-            states,
-            output.output,
-            draft_output,
-            live.seed,
-            step,
-            length,
-            process.table,
-            unconditional_output=output.unconditional,
-            guidance_scale=request.guidance_scale,
-            noise=noise,
-            uniforms=uniforms,
-            tau=tau,
-            impl=setup.impl,
-        )
-        if tau is not None and ledger:
-            ledger = ledger.settle(tau, verification)
-        usable = leading_finite(output).clamp(max=length).clamp_(min=1)
-        moved = replace(
-            live,
-            state=verification.next_state,
-            step=live.step + verification.advance,
-            last=LastWindow(step, usable, states, output.output, output.unconditional, output.feature),
-            ledger=ledger,
-        )
-    return moved, Round(situation, length, states, evaluated, verification)
+    noise, uniforms = live.noise.reach(live.seed, step, window) if live.noise else (None, None)
+    situation = Situation(
+        live.state,
+        step,
+        live.seed,
+        window,
+        live.last,
+        noise,
+        process,
+        request.target,
+        live.conditioning,
+        request.sample_shape,
+        request.guidance_scale,
+        setup.impl,
+    )
+    proposal = setup.drafter.propose(situation)
+    return Proposed(situation, proposal, length, uniforms, _query(proposal.states, step, length, setup))
 
 
-def evaluate(
-    states: torch.Tensor, step: torch.Tensor, length: torch.Tensor, conditioning: dict[str, Any], setup: Setup
-) -> tuple[TargetOutput, int]:
-    """The target at the first ``length`` states of each window, in one forward.
-
-    Returns:
-        Outputs [B, W, D], and how many states were evaluated. Those beyond ``length`` are zero or, with static shapes,
-        evaluated at the last step, and mean nothing.
-    """
-    request = setup.request
+def _query(states: torch.Tensor, step: torch.Tensor, length: torch.Tensor, setup: Setup) -> Query:
+    """The states [B, W, D] that count, or with static shapes all of them."""
     batch, window, _ = states.shape
     column = torch.arange(window, device=step.device)
-    sample = torch.arange(batch, device=step.device)[:, None].expand(-1, window).flatten()  # [N], the row of each state
-    steps = (step[:, None] + column).clamp_(max=request.process.num_steps - 1).flatten()
-    flat, rows = states.flatten(0, 1), None
-    if not setup.static_shapes and not bool((length == window).all()):
-        rows = (column < length[:, None]).flatten().nonzero()[:, 0]
-        sample, steps, flat = sample[rows], steps[rows], flat[rows]
-    evaluated = request.target.evaluate(
-        flat.view(-1, *request.sample_shape),
-        request.process.timestep[steps],
-        take_rows(conditioning, sample),
+    sample = torch.arange(batch, device=step.device)[:, None].expand(-1, window).flatten()  # [B * W]
+    steps = (step[:, None] + column).clamp_(max=setup.request.process.num_steps - 1).flatten()
+    flat = states.flatten(0, 1)
+    if setup.static_shapes or bool((length == window).all()):
+        return Query(flat, steps, sample, None)
+    place = (column < length[:, None]).flatten().nonzero()[:, 0]
+    return Query(flat[place], steps[place], sample[place], place)
+
+
+def evaluate(query: Query, conditioning: dict[str, Any], request: Request) -> TargetOutput:
+    """The target at the states of ``query``, [N, *sample shape] each; ``conditioning`` has one row a live sample."""
+    return request.target.evaluate(
+        query.states.view(-1, *request.sample_shape),
+        request.process.timestep[query.step],
+        take_rows(conditioning, query.sample),
         request.guided,
     )
 
-    def window_of(values: torch.Tensor | None, flatten_from: int) -> torch.Tensor | None:
+
+def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -> tuple[Live, Round]:
+    """The second half of a round: tests the drafts, moves the samples on, remembers the window.
+
+    Args:
+        live: as :func:`propose` took them.
+        setup: the same.
+        proposed: what it returned.
+        output: the target's answer to ``proposed.query``, whoever evaluated it.
+    """
+    process, situation, length = setup.request.process, proposed.situation, proposed.length
+    states, draft_output = proposed.proposal
+    output = _in_windows(output, proposed)  # [B, W, D]
+    tau, ledger = None, live.ledger
+    if setup.relaxation and ledger:
+        tau = ledger.tau(setup.relaxation, situation, proposed.proposal, output, length)  # [B, W-1]
+    verification = verify(
+        states,
+        output.output,
+        draft_output,
+        live.seed,
+        situation.step,
+        length,
+        process.table,
+        unconditional_output=output.unconditional,
+        guidance_scale=setup.request.guidance_scale,
+        noise=situation.noise,
+        uniforms=proposed.uniforms,
+        tau=tau,
+        impl=setup.impl,
+    )
+    if tau is not None and ledger:
+        ledger = ledger.settle(tau, verification)
+    usable = leading_finite(output).clamp(max=length).clamp_(min=1)
+    moved = replace(
+        live,
+        state=verification.next_state,
+        step=live.step + verification.advance,
+        last=LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature),
+        ledger=ledger,
+    )
+    return moved, Round(situation, length, states, len(proposed.query.states), verification)
+
+
+def _in_windows(output: TargetOutput, proposed: Proposed) -> TargetOutput:
+    """Answers [N, ...] as windows [B, W, ...]; those that nobody asked for are zero, and mean nothing."""
+    batch, window, _ = proposed.proposal.states.shape
+    place = proposed.query.place
+
+    def in_windows(values: torch.Tensor | None, flatten_from: int) -> torch.Tensor | None:
         if values is None:
             return None
-        if rows is not None:
+        if place is not None:
             padded = values.new_zeros(batch * window, *values.shape[1:])
-            padded[rows] = values
+            padded[place] = values
             values = padded
         return values.unflatten(0, (batch, window)).flatten(flatten_from)
 
-    output = window_of(evaluated.output, 2)
-    assert output is not None
-    unconditional, feature = window_of(evaluated.unconditional, 2), window_of(evaluated.feature, 3)
-    return TargetOutput(output, unconditional, feature, window_of(evaluated.variance_share, 1)), len(flat)
+    main = in_windows(output.output, 2)
+    assert main is not None
+    unconditional, feature = in_windows(output.unconditional, 2), in_windows(output.feature, 3)
+    return TargetOutput(main, unconditional, feature, in_windows(output.variance_share, 1))
 
 
 def leading_finite(output: TargetOutput) -> torch.Tensor:
@@ -239,52 +292,3 @@ def leading_finite(output: TargetOutput) -> torch.Tensor:
     if output.unconditional is not None:
         total = total + output.unconditional.sum(-1, dtype=torch.float32)
     return torch.isfinite(total).cumprod(-1).sum(-1)
-
-
-# noise is drawn some steps ahead while that is little: a call costs more than its numbers when they are few
-_STEPS_AHEAD = 32
-_NUMBERS_AHEAD = 2**16
-
-
-@dataclass
-class NoiseWindow:
-    """The noise and the test uniforms of the steps that each sample has reached, so that none is drawn twice.
-
-    A ring of a fixed number of steps, the widest window's at least: step k of a sample is in slot k % capacity.
-    """
-
-    noise: torch.Tensor
-    """float32 [B, capacity, D]."""
-    uniforms: torch.Tensor
-    """float32 [B, capacity]."""
-    drawn: torch.Tensor
-    """int64 [B]: steps below this one are in the ring, or were."""
-
-    @classmethod
-    def empty(cls, seed: torch.Tensor, widest: int, numel: int) -> NoiseWindow:
-        affordable = _NUMBERS_AHEAD // (len(seed) * numel)
-        capacity = max(widest, min(_STEPS_AHEAD, affordable))
-        noise = torch.empty(len(seed), capacity, numel, device=seed.device)
-        return cls(noise, torch.empty(len(seed), capacity, device=seed.device), torch.zeros_like(seed))
-
-    def reach(self, seed: torch.Tensor, step: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """z and u of steps ``step`` … ``step + window - 1`` of each sample: [B, W, D] and [B, W]."""
-        batch, capacity, _ = self.noise.shape
-        if bool((step + window > self.drawn).any()):
-            self._draw(seed, step)
-        slots = (step[:, None] + torch.arange(window, device=step.device)) % capacity
-        row = torch.arange(batch, device=step.device)[:, None]
-        return self.noise[row, slots], self.uniforms[row, slots]
-
-    def keep(self, rows: torch.Tensor) -> NoiseWindow:
-        return map_tensors(self, lambda values: values[rows])
-
-    def _draw(self, seed: torch.Tensor, step: torch.Tensor) -> None:
-        """Fill the ring up to its capacity from ``step`` on."""
-        capacity = self.noise.shape[1]
-        steps = step[:, None] + torch.arange(capacity, device=step.device)  # [B, capacity]
-        row, column = (steps >= self.drawn[:, None]).nonzero(as_tuple=True)
-        keys, steps = seed[row], steps[row, column]
-        self.noise[row, steps % capacity] = normal(keys, steps, self.noise.shape[2], stream=NOISE_STREAM)
-        self.uniforms[row, steps % capacity] = uniform(keys, steps, stream=TEST_STREAM)
-        self.drawn = step + capacity

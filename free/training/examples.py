@@ -15,7 +15,7 @@ from free.drafters.hold import hold
 from free.processes import ReverseProcess
 from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
-from free.sampling.window import Live, Setup, advance, evaluate
+from free.sampling.window import Live, Query, Setup, advance, evaluate
 from free.targets import DiTTarget
 from free_kernels import guided, posterior
 
@@ -201,7 +201,7 @@ class VisitedWindows:
         request, process = self.request, self.request.process
         with request.target.capture_features():
             setup = Setup.of(request, drafter, self.window, "auto")
-            live = self._begin(setup, clean(), labels) if self.live is None else self._begin_again(self.live, labels)
+            live = self._begin(clean(), labels) if self.live is None else self._begin_again(self.live, labels)
             self.live, done = advance(live, setup, self.window, Stopwatch(live.state.device))
         situation, last = done.situation, self.live.last
 
@@ -223,7 +223,7 @@ class VisitedWindows:
         tested = (column < settled[:, None]).flatten()[rows]
         return Examples(process, seen, step, anchor, label_embedding, anchor.feature, wanted, next_feature, weight, tested)
 
-    def _begin(self, setup: Setup, clean: torch.Tensor, labels: torch.Tensor) -> Live:
+    def _begin(self, clean: torch.Tensor, labels: torch.Tensor) -> Live:
         """Noised data at random steps, each with one evaluation to lean on."""
         request, process, size = self.request, self.request.process, len(self.request.seed)
         if len(clean) < size:
@@ -233,8 +233,13 @@ class VisitedWindows:
         clean = clean[:size]
         noised = self.scheduler.add_noise(clean, torch.randn_like(clean), process.timestep[step].long())
         state, index, one = noised.flatten(1), torch.arange(size, device=step.device), torch.ones_like(step)
-        first, _ = evaluate(state[:, None], step, one, request.conditioning, setup)
-        last = LastWindow(step, one, state[:, None], first.output, first.unconditional, first.feature)
+        first = evaluate(Query(state, step, index, None), request.conditioning, request)
+        output, unconditional = (
+            None if values is None else values.flatten(1)[:, None] for values in (first.output, first.unconditional)
+        )
+        assert output is not None
+        feature = None if first.feature is None else first.feature[:, None]
+        last = LastWindow(step, one, state[:, None], output, unconditional, feature)
         return Live(index, _draw_seeds(one), step, state, last, request.conditioning, None)
 
     def _begin_again(self, live: Live, labels: torch.Tensor) -> Live:

@@ -119,11 +119,10 @@ def _later_timestep() -> Any:
     """The target is told the timestep of step k+1."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def planted(states: Any, step: Any, length: Any, conditioning: Any, setup: Any) -> Any:
-            timestep = setup.request.process.timestep
-            process = dataclasses.replace(setup.request.process, timestep=torch.cat((timestep[1:], timestep[-1:])))
-            request = dataclasses.replace(setup.request, process=process)
-            return original(states, step, length, conditioning, dataclasses.replace(setup, request=request))
+        def planted(query: Any, conditioning: Any, request: Any) -> Any:
+            timestep = request.process.timestep
+            process = dataclasses.replace(request.process, timestep=torch.cat((timestep[1:], timestep[-1:])))
+            return original(query, conditioning, dataclasses.replace(request, process=process))
 
         return planted
 

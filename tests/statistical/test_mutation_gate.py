@@ -20,11 +20,11 @@ def test_every_check_that_the_gate_names_exists() -> None:
 
 
 def test_a_planted_bug_is_taken_out_again() -> None:
-    import free.sampling.window
+    import free.sampling.noise
     from free_kernels import philox, uniform
 
-    before = free.sampling.window.uniform, philox
+    before = free.sampling.noise.uniform, philox
     with mutations.MUTATIONS["5 % of rejections leaked"].plant():
         pass
-    assert (free.sampling.window.uniform, philox) == before
-    assert free.sampling.window.uniform is uniform
+    assert (free.sampling.noise.uniform, philox) == before
+    assert free.sampling.noise.uniform is uniform

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-import free.sampling.window
+import free.sampling.noise
 from free import Drafter, HoldX0, ModelDrafter, ReverseProcess, Situation, StepDrafter
 from free.sampling.window import NoiseWindow
 from free_kernels import NOISE_STREAM, TEST_STREAM, Proposal, normal, posterior, uniform
@@ -35,8 +35,8 @@ def test_noise_is_that_of_seed_and_step_and_is_drawn_once(monkeypatch: pytest.Mo
 
         return counted
 
-    monkeypatch.setattr(free.sampling.window, "normal", counting(normal, drawn))
-    monkeypatch.setattr(free.sampling.window, "uniform", counting(uniform, tested))
+    monkeypatch.setattr(free.sampling.noise, "normal", counting(normal, drawn))
+    monkeypatch.setattr(free.sampling.noise, "uniform", counting(uniform, tested))
     chance = torch.Generator().manual_seed(window)
     seed, step = torch.tensor([7, -3, 2**62]), torch.zeros(3, dtype=torch.int64)
     noise = NoiseWindow.empty(seed, window, numel)
