@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 from free.drafters import Drafter, Fresh, Situation
 from free.evaluation.configuration import Configuration
 from free.evaluation.quality import Judge
-from free.sampling.account import Account
-from free.sampling.loop import rounds
+from free.sampling.loop import Run
 from free.sampling.request import check_request
 from free.sampling.samplers import speculative_sample
-from free.sampling.statistics import SamplingStatistics, Stopwatch, standard_error, total_variation
+from free.sampling.statistics import SamplingStatistics, standard_error, total_variation
 from free.sampling.window import Setup
 from free.targets import DiTTarget, Target
 from free.windows import FixedWindow
@@ -117,12 +115,9 @@ def _count_flops(
         impl="auto",
         callback_on_step_end=None,
     )
-    watched, steps, state = _Watched(drafter), request.process.num_steps, request.initial_state()
-    setup, account = Setup.of(request, watched, window, "auto"), Account(steps, request.seed)
-    stats = SamplingStatistics(steps, window, drafter.name, np.zeros(request.batch, np.int64))
-    with target.capture_features() if drafter.needs_features else nullcontext():
-        turns = rounds(setup, FixedWindow(window), state, account, stats, Stopwatch(request.seed.device))
-        for _ in itertools.islice(turns, 2):
+    watched = _Watched(drafter)
+    with request.running(features=drafter.needs_features):
+        for _ in itertools.islice(Run(Setup.of(request, watched, window, "auto")).turns(FixedWindow(window)), 2):
             pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)
     conditioning = {name: value[:1] for name, value in request.conditioning.items()}

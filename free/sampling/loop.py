@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from free.processes import ReverseProcess
 from free.sampling.account import Account, Report
@@ -32,60 +31,71 @@ class Turn:
     """What the host knows by now."""
 
 
-def rounds(
-    setup: Setup,
-    schedule: Schedule,
-    state: torch.Tensor,
-    account: Account,
-    stats: SamplingStatistics,
-    watch: Stopwatch,
-    lag: int = 0,
-    graphs: Graphs | None = None,
-) -> Iterator[Turn]:
-    """Go from the initial states to the samples.
+class Run:
+    """The samples of one setup from their initial states to the end; whoever drives rounds does it by this loop.
 
-    The host knows how the samples fared ``lag`` rounds ago: with one it prepares a round while the device is at the one
-    before, and neither waits for the other. It reads what is under way at once where that may have been the last round.
+    Made and driven while the setup's request is running.
 
     Args:
         setup: what is asked for.
-        schedule: of the windows, none wider than the setup's.
-        state: float32 [B, D], the initial states; the samples are written into it as they are finished.
-        account: of the same samples, empty.
-        stats: where forwards are counted.
-        watch: for the phases of a round.
-        lag: rounds; 0 reads each before the next.
-        graphs: the same setup's captured rounds, if they are to be replayed; ``account`` is then theirs.
-
-    Raises:
-        NonFiniteOutputError: a step that depends on NaN or infinity.
+        graphs: the same setup's captured rounds, if they are to be replayed.
     """
-    num_steps = setup.request.process.num_steps
-    live = first_window(setup, state.clone())
-    forward_batch = setup.request.target.forward_batch(setup.request.guided)
-    under_way: deque[tuple[int, Report]] = deque()
-    known = Known.nothing(setup.request.batch, num_steps)
-    while (known.step < num_steps).any():
-        unread = [window for window, _ in under_way]
-        window = schedule.window(known.step[known.step < num_steps], unread, len(live.index))
-        window = min(window, setup.widest)
-        if graphs is not None:
-            live, done = graphs.advance(live, window, watch)
-        else:
-            live, done = advance(live, setup, window, watch)
-            account.add(live, done)
-        stats.count_round(window, done.evaluated, forward_batch)
-        under_way.append((window, Report(account)))
-        while len(under_way) > lag or (under_way and _may_be_finished(known.step, under_way, num_steps)):
-            window, report = under_way.popleft()
-            before, known = known, report.read()
-            check_finite(known, stats.drafter, setup.request.process)
-            schedule.learn(window, before, known)
-        yield Turn(live, done, known)
-        rows = _rows_to_keep(int((known.step < num_steps).sum()), len(live.index), setup.static_shapes)
-        if rows < len(live.index):
-            state[live.index] = live.state
-            live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
+
+    def __init__(self, setup: Setup, graphs: Graphs | None = None) -> None:
+        request, steps = setup.request, setup.request.process.num_steps
+        self.setup, self.graphs = setup, graphs
+        self.state = request.initial_state()
+        """float32 [B, D]: the initial states, into which the samples are written as they are finished."""
+        self.account = graphs.account if graphs else Account(steps, request.seed)
+        self.stats = SamplingStatistics(steps, setup.widest, setup.drafter.name, np.zeros(request.batch, np.int64))
+        self.watch = Stopwatch(request.seed.device)
+
+    def turns(self, schedule: Schedule, lag: int = 0) -> Iterator[Turn]:
+        """Rounds until every sample is finished; who has seen enough stops asking.
+
+        The host knows how the samples fared ``lag`` rounds ago: with one it prepares a round while the device is at the one
+        before, and neither waits for the other. It reads what is under way at once where that may have been the last round.
+
+        Args:
+            schedule: of the windows, none wider than the setup's.
+            lag: rounds; 0 reads each before the next.
+
+        Raises:
+            NonFiniteOutputError: a step that depends on NaN or infinity.
+        """
+        setup, account, stats = self.setup, self.account, self.stats
+        num_steps, stats.window = setup.request.process.num_steps, schedule.name
+        live = first_window(setup, self.state.clone())
+        forward_batch = setup.request.target.forward_batch(setup.request.guided)
+        under_way: deque[tuple[int, Report]] = deque()
+        known = Known.nothing(setup.request.batch, num_steps)
+        while (known.step < num_steps).any():
+            unread = [window for window, _ in under_way]
+            window = schedule.window(known.step[known.step < num_steps], unread, len(live.index))
+            window = min(window, setup.widest)
+            if self.graphs is not None:
+                live, done = self.graphs.advance(live, window, self.watch)
+            else:
+                live, done = advance(live, setup, window, self.watch)
+                account.add(live, done)
+            stats.count_round(window, done.evaluated, forward_batch)
+            under_way.append((window, Report(account)))
+            while len(under_way) > lag or (under_way and _may_be_finished(known.step, under_way, num_steps)):
+                window, report = under_way.popleft()
+                before, known = known, report.read()
+                check_finite(known, stats.drafter, setup.request.process)
+                schedule.learn(window, before, known)
+            yield Turn(live, done, known)
+            rows = _rows_to_keep(int((known.step < num_steps).sum()), len(live.index), setup.static_shapes)
+            if rows < len(live.index):
+                self.state[live.index] = live.state
+                live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
+
+    def finish(self) -> SamplingStatistics:
+        """What it cost; waits for the device."""
+        self.account.report_to(self.stats)
+        self.stats.seconds = self.watch.finish()
+        return self.stats
 
 
 def check_finite(known: Known, drafter: str, process: ReverseProcess) -> None:

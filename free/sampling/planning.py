@@ -13,7 +13,7 @@ from free.drafters import Drafter, as_drafter
 from free.processes import ReverseProcess
 from free.sampling.account import Account
 from free.sampling.capture import Graphs, drafter_key, wants_capture
-from free.sampling.loop import rounds
+from free.sampling.loop import Run
 from free.sampling.request import DEFAULT_STEPS, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
@@ -91,10 +91,7 @@ def plan_window(
             experience = Experience(statistics.tested.astype(float), statistics.accepted.astype(float))
             return AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch).plan(request.batch)
         schedule = auto_window(setup, graphs)
-        account = graphs.account if graphs else Account(steps, request.seed)
-        pilot = SamplingStatistics(steps, schedule.name, drafter.name, np.zeros(request.batch, np.int64))
-        watch = Stopwatch(request.seed.device)
-        for _ in rounds(setup, schedule, request.initial_state(), account, pilot, watch, graphs=graphs):
+        for _ in Run(setup, graphs).turns(schedule):
             pass
     return schedule.plan(request.batch)
 

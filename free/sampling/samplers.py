@@ -17,7 +17,7 @@ from free.processes import ReverseProcess
 from free.sampling.account import Account, Report
 from free.sampling.ancestral import Chain, step_on
 from free.sampling.capture import AncestralGraph, Graphs, wants_capture
-from free.sampling.loop import Turn, check_finite, rounds
+from free.sampling.loop import Run, Turn, check_finite
 from free.sampling.planning import auto_window
 from free.sampling.relaxation import Relaxation
 from free.sampling.request import DEFAULT_STEPS, Callback, Request, check_request
@@ -142,25 +142,20 @@ def speculative_sample(
     schedule = schedule_of(window)
     widest, reach = (schedule.widest, schedule.reach(request.process)) if schedule else (WINDOWS[-1], None)
     setup = Setup.of(request, drafter, widest, impl, reach, relaxation)
-    name = schedule.name if schedule else "auto"
-    stats = SamplingStatistics(request.process.num_steps, name, drafter.name, np.zeros(request.batch, np.int64))
-    result = _Result(request, request.initial_state(), model, callback_on_step_end, return_trajectory)
-    watch = Stopwatch(request.seed.device)
-    # with static shapes the host may be a round behind, unless somebody looks at every round
-    lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
     begin = time.perf_counter()
-    bar = tqdm(total=request.batch * stats.steps, disable=not progress, unit="step")
+    bar = tqdm(total=request.batch * request.process.num_steps, disable=not progress, unit="step")
     relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
     with bar, request.running(features=drafter.needs_features, compile=compile), relaxed:
-        graphs = Graphs.of(setup) if captured else None
-        schedule = schedule or auto_window(setup, graphs)
-        account = graphs.account if graphs else Account(stats.steps, request.seed)
-        for turn in rounds(setup, schedule, result.state, account, stats, watch, lag, graphs):
+        run = Run(setup, Graphs.of(setup) if captured else None)
+        schedule = schedule or auto_window(setup, run.graphs)
+        result = _Result(request, run.state, model, callback_on_step_end, return_trajectory)
+        # with static shapes the host may be a round behind, unless somebody looks at every round
+        lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
+        for turn in run.turns(schedule, lag):
             result.settle(turn)
             bar.update(int(turn.known.step.sum()) - bar.n)
             bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
-        account.report_to(stats)
-        stats.seconds = watch.finish()
+        stats = run.finish()
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 

@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 from free.drafters.hold import HoldX0
 from free.drafters.linear import Bands, LinearDrafter
 from free.processes import ReverseProcess
-from free.sampling.account import Account
-from free.sampling.loop import Turn, rounds
+from free.sampling.loop import Run, Turn
 from free.sampling.request import DEFAULT_STEPS, Request, check_request
 from free.sampling.samplers import speculative_sample
-from free.sampling.statistics import SamplingStatistics, Stopwatch, standard_error
+from free.sampling.statistics import standard_error
 from free.sampling.window import Setup
 from free.windows import FixedWindow
 from free_kernels import guided
@@ -106,11 +105,8 @@ def calibrate(
 
 def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _Sums:
     """The sums over one run of the trajectories, drafted by hold-x0."""
-    process, drafter = request.process, HoldX0()
-    sums, account = _Sums(request, bands), Account(process.num_steps, request.seed)
-    stats = SamplingStatistics(process.num_steps, window, drafter.name, np.zeros(request.batch, np.int64))
-    setup, watch = Setup.of(request, drafter, window, impl), Stopwatch(request.seed.device)
-    for turn in rounds(setup, FixedWindow(window), request.initial_state(), account, stats, watch):
+    sums = _Sums(request, bands)
+    for turn in Run(Setup.of(request, HoldX0(), window, impl)).turns(FixedWindow(window)):
         sums.add(turn)
         bar.update(int(turn.known.step.sum()) - bar.n)
     return sums

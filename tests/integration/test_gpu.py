@@ -11,11 +11,9 @@ from diffusers import DiTTransformer2DModel
 
 import free
 from free.drafters import as_drafter
-from free.sampling.account import Account
 from free.sampling.capture import Graphs
-from free.sampling.loop import rounds
+from free.sampling.loop import Run
 from free.sampling.request import check_request
-from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup
 from free.windows import FixedWindow
 from tests.analytic import ElementwiseTarget
@@ -49,21 +47,18 @@ def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int
     linear = free.LinearDrafter(torch.full((60, 3), 0.5), process.timestep, (2, 8, 8))
     setup = Setup.of(request, linear if drafter == "linear" else as_drafter(drafter), window, "auto")
     assert setup.static_shapes
-    stats = SamplingStatistics(60, window, drafter, torch.zeros(3, dtype=torch.int64).numpy())
     for turn_number in range(2):  # the first run compiles kernels and records graphs of every batch size
         graphs = Graphs.of(setup) if captured else None
-        account = graphs.account if graphs else Account(60, request.seed)
-        state = request.initial_state()
-        watch = Stopwatch(request.seed.device)
+        run = Run(setup, graphs)
         torch.cuda.synchronize()
         if turn_number:
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError):
-                state.sum().item()  # the mode does see one
-        for _ in rounds(setup, FixedWindow(setup.widest), state, account, stats, watch, 1, graphs):
+                run.state.sum().item()  # the mode does see one
+        for _ in run.turns(FixedWindow(setup.widest), 1):
             pass
         torch.cuda.set_sync_debug_mode("default")
-        assert torch.isfinite(state).all()
+        assert torch.isfinite(run.state).all()
 
 
 @pytest.mark.parametrize("window", [1, 4, 8])

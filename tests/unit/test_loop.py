@@ -17,7 +17,7 @@ from free import Drafter, LinearDrafter, ReverseProcess
 from free.drafters import as_drafter
 from free.sampling.account import Account
 from free.sampling.capture import Graphs
-from free.sampling.loop import Turn, rounds
+from free.sampling.loop import Run, Turn
 from free.sampling.request import Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
@@ -126,13 +126,9 @@ def run_loop(
     setup: Setup, lag: int = 0, graphs: Graphs | None = None
 ) -> tuple[list[Turn], torch.Tensor, SamplingStatistics]:
     """The rounds, the samples and the statistics."""
-    request, steps = setup.request, setup.request.process.num_steps
-    stats = SamplingStatistics(steps, setup.widest, setup.drafter.name, np.zeros(request.batch, np.int64))
-    account = Account(steps, request.seed) if graphs is None else graphs.account
-    state = request.initial_state()
-    seen = list(rounds(setup, FixedWindow(setup.widest), state, account, stats, Stopwatch(CPU), lag, graphs))
-    account.report_to(stats)
-    return seen, state, stats
+    run = Run(setup, graphs)
+    seen = list(run.turns(FixedWindow(setup.widest), lag))
+    return seen, run.state, run.finish()
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
