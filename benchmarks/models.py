@@ -13,7 +13,7 @@ from diffusers import DiTTransformer2DModel
 import free
 from free.data.images import PATCH, PHOTOGRAPHS, draw_patches, photographs
 from free.processes import ReverseProcess
-from free.sampling.request import Request, check_request
+from free.sampling.request import Options, Request, check_request
 from free.targets import DiTTarget
 from free.targets.base import take_rows
 from free.training import DrafterTrainingConfig, TargetTrainingConfig, train_drafter, train_target
@@ -117,18 +117,13 @@ def request_of(target: DiTTarget, batch: int, guidance_scale: float, steps: int)
     """A batch of samples of the target, the classes in turn."""
     return check_request(
         target,
-        class_labels=labels_of(target, batch),
-        conditioning=None,
-        num_samples=None,
-        shape=None,
-        process=ReverseProcess.ddpm(steps),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        seed=0,
-        generator=None,
-        latents=None,
-        impl="auto",
-        callback_on_step_end=None,
+        Options(
+            class_labels=labels_of(target, batch),
+            process=ReverseProcess.ddpm(steps),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            seed=0,
+        ),
     )
 
 

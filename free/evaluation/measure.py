@@ -13,7 +13,7 @@ from free.drafters import Drafter, Fresh, Situation
 from free.evaluation.configuration import Configuration
 from free.evaluation.quality import Judge
 from free.sampling.loop import Run
-from free.sampling.request import check_request
+from free.sampling.request import Options, check_request
 from free.sampling.samplers import speculative_sample
 from free.sampling.statistics import SamplingStatistics, standard_error, total_variation
 from free.sampling.window import Setup
@@ -101,19 +101,7 @@ def _count_flops(
     second one counts.
     """
     request = check_request(
-        target,
-        class_labels=labels,
-        conditioning=None,
-        num_samples=None,
-        shape=None,
-        process=None,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=0,
-        generator=None,
-        latents=None,
-        impl="auto",
-        callback_on_step_end=None,
+        target, Options(class_labels=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=0)
     )
     watched = _Watched(drafter)
     with request.running(features=drafter.needs_features):

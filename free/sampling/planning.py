@@ -14,7 +14,7 @@ from free.processes import ReverseProcess
 from free.sampling.account import Account
 from free.sampling.capture import Graphs, drafter_key, wants_capture
 from free.sampling.loop import Run
-from free.sampling.request import DEFAULT_STEPS, Request, check_request
+from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
 from free.windows import WINDOWS, AutoWindow, Experience, RoundSeconds, WindowPlan, by_window
@@ -64,21 +64,7 @@ def plan_window(
         NonFiniteOutputError: the model or the drafter returned NaN or infinity.
     """
     drafter = as_drafter(drafter)
-    request = check_request(
-        model,
-        class_labels=class_labels,
-        conditioning=conditioning,
-        num_samples=num_samples,
-        shape=shape,
-        process=process,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        generator=None,
-        latents=latents,
-        impl=impl,
-        callback_on_step_end=None,
-    )
+    request = check_request(model, Options.among(locals()))
     drafter.check(request.target)
     captured = wants_capture(capture, request, drafter)
     steps = request.process.num_steps

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -67,23 +67,31 @@ class Request:
         return normal(self.seed, torch.zeros_like(self.seed), numel, stream=LATENT_STREAM)
 
 
-def check_request(
-    model: Any,
-    *,
-    class_labels: Any,
-    conditioning: dict[str, Any] | None,
-    num_samples: int | None,
-    shape: Sequence[int] | None,
-    process: ReverseProcess | SchedulerMixin | None,
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    impl: str,
-    callback_on_step_end: Callback | None,
-) -> Request:
-    """Arguments as in :func:`free.speculative_sample`.
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask of a model, as in :func:`free.speculative_sample`: the arguments that all entry points share."""
+
+    class_labels: Any = None
+    conditioning: dict[str, Any] | None = None
+    num_samples: int | None = None
+    shape: Sequence[int] | None = None
+    process: ReverseProcess | SchedulerMixin | None = None
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float = 1.0
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    latents: torch.Tensor | None = None
+    impl: str = "auto"
+    callback_on_step_end: Callback | None = None
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Options:
+        """Those of an entry point's ``locals()``, before it made others; what it does not have stays as it is here."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+
+def check_request(model: Any, options: Options) -> Request:
+    """Check all that is asked for before any work is done.
 
     Raises:
         ValueError: a wrong argument, named, with what was given and what is allowed.
@@ -91,12 +99,15 @@ def check_request(
     """
     target = as_target(model)
     target.check_ready()
-    if callback_on_step_end is not None and not callable(callback_on_step_end):
-        raise ValueError(f"callback_on_step_end is a {type(callback_on_step_end).__name__}; allowed is a callable or None")
+    callback = options.callback_on_step_end
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end is a {type(callback).__name__}; allowed is a callable or None")
+    guidance_scale = options.guidance_scale
     if not 1 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance_scale is {guidance_scale}; allowed is 1 (no guidance) or more")
     guidance_scale = float(guidance_scale)
-    process = _check_process(target, process, num_inference_steps)
+    process = _check_process(target, options.process, options.num_inference_steps)
+    latents, num_samples = options.latents, options.num_samples
     if latents is not None and (not isinstance(latents, torch.Tensor) or latents.dtype not in LATENT_DTYPES):
         given = f"dtype {latents.dtype}" if isinstance(latents, torch.Tensor) else f"type {type(latents).__name__}"
         raise ValueError(f"latents has {given}; allowed are {', '.join(map(str, LATENT_DTYPES))}")
@@ -110,13 +121,13 @@ def check_request(
     # every argument that speaks of a number of samples must speak of the same one
     spoken = {
         "num_samples": num_samples,
-        "seed": _seed_count(seed),
-        "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
+        "seed": _seed_count(options.seed),
+        "generator": len(options.generator) if isinstance(options.generator, (list, tuple)) else None,
         "latents": None if latents is None else len(latents),
     }
     hint = next((count for count in spoken.values() if count is not None), None)
-    checked, spoken["class_labels" if class_labels is not None else "conditioning"] = target.check_conditioning(
-        class_labels, conditioning, guidance_scale, hint
+    checked, spoken["class_labels" if options.class_labels is not None else "conditioning"] = target.check_conditioning(
+        options.class_labels, options.conditioning, guidance_scale, hint
     )
     counts = {name: count for name, count in spoken.items() if count is not None}
     if len(set(counts.values())) > 1:
@@ -126,16 +137,16 @@ def check_request(
     if batch < 1:
         raise ValueError(f"{next(iter(counts))} is empty; at least one sample must be asked for")
 
-    sample_shape = _check_shape(target, shape, latents)
+    sample_shape = _check_shape(target, options.shape, latents)
     device = _device(target, latents, checked)
-    resolve(impl, device)
+    resolve(options.impl, device)
     return Request(
         target,
         process.to(device),
         {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in checked.items()},
         guidance_scale,
         sample_shape,
-        torch.tensor(_check_seeds(seed, generator, batch), dtype=torch.int64, device=device),
+        torch.tensor(_check_seeds(options.seed, options.generator, batch), dtype=torch.int64, device=device),
         None if latents is None else latents.to(device, torch.float32).flatten(1),
     )
 

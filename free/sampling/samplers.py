@@ -20,7 +20,7 @@ from free.sampling.capture import AncestralGraph, Graphs, wants_capture
 from free.sampling.loop import Run, Turn, check_finite
 from free.sampling.planning import auto_window
 from free.sampling.relaxation import Relaxation
-from free.sampling.request import DEFAULT_STEPS, Callback, Request, check_request
+from free.sampling.request import DEFAULT_STEPS, Callback, Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup
 from free.windows import WINDOWS, WindowPlan, check_window, schedule_of
@@ -119,21 +119,7 @@ def speculative_sample(
         raise TypeError(f"relaxation is a {type(relaxation).__name__}; allowed is a free.Relaxation, or None")
     check_window(window)
     drafter = as_drafter(drafter)
-    request = check_request(
-        model,
-        class_labels=class_labels,
-        conditioning=conditioning,
-        num_samples=num_samples,
-        shape=shape,
-        process=process,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        generator=generator,
-        latents=latents,
-        impl=impl,
-        callback_on_step_end=callback_on_step_end,
-    )
+    request = check_request(model, Options.among(locals()))
     drafter.check(request.target)
     if relaxation is not None:
         relaxation.check(request.target, request.process)
@@ -185,21 +171,7 @@ def ancestral_sample(
 
     The baseline, and what :func:`speculative_sample` is exact against. Arguments, result and errors as there.
     """
-    request = check_request(
-        model,
-        class_labels=class_labels,
-        conditioning=conditioning,
-        num_samples=num_samples,
-        shape=shape,
-        process=process,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        generator=generator,
-        latents=latents,
-        impl=impl,
-        callback_on_step_end=callback_on_step_end,
-    )
+    request = check_request(model, Options.among(locals()))
     captured = wants_capture(capture, request)
     process, target = request.process, request.target
     stats = SamplingStatistics(process.num_steps, 1, "none", np.full(request.batch, process.num_steps))

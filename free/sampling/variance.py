@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from free.processes import ReverseProcess, learned_log_variance
 from free.sampling.ancestral import Chain, step_on
-from free.sampling.request import DEFAULT_STEPS, check_request
+from free.sampling.request import DEFAULT_STEPS, Options, check_request
 from free.sampling.statistics import Stopwatch
 
 if TYPE_CHECKING:
@@ -55,18 +55,15 @@ def average_learned_variance(
     one_label = class_labels is None or not hasattr(class_labels, "__len__")
     request = check_request(
         model,
-        class_labels=class_labels,
-        conditioning=None,
-        num_samples=num_trajectories if one_label else None,
-        shape=None,
-        process=ReverseProcess.ddpm(num_inference_steps, variance="geometric") if process is None else process,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        generator=None,
-        latents=None,
-        impl=impl,
-        callback_on_step_end=None,
+        Options(
+            class_labels=class_labels,
+            num_samples=num_trajectories if one_label else None,
+            process=ReverseProcess.ddpm(num_inference_steps, variance="geometric") if process is None else process,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            impl=impl,
+        ),
     )
     target, process = request.target, request.process
     target.check_learned_variance()

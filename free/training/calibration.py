@@ -13,7 +13,7 @@ from free.drafters.hold import HoldX0
 from free.drafters.linear import Bands, LinearDrafter
 from free.processes import ReverseProcess
 from free.sampling.loop import Run, Turn
-from free.sampling.request import DEFAULT_STEPS, Request, check_request
+from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
 from free.sampling.samplers import speculative_sample
 from free.sampling.statistics import standard_error
 from free.sampling.window import Setup
@@ -77,18 +77,17 @@ def calibrate(
         raise ValueError(f"num_bands is {num_bands!r}; allowed is an int, 1 or more, or None")
     request = check_request(
         model,
-        class_labels=_in_turn(class_labels, num_trajectories),
-        conditioning=conditioning,
-        num_samples=num_trajectories,
-        shape=shape,
-        process=process,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        generator=None,
-        latents=None,
-        impl=impl,
-        callback_on_step_end=None,
+        Options(
+            class_labels=_in_turn(class_labels, num_trajectories),
+            conditioning=conditioning,
+            num_samples=num_trajectories,
+            shape=shape,
+            process=process,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            impl=impl,
+        ),
     )
     sample_shape, steps = request.sample_shape, request.process.num_steps
     image = len(sample_shape) == 3

@@ -13,7 +13,7 @@ import free
 from free.drafters import as_drafter
 from free.sampling.capture import Graphs
 from free.sampling.loop import Run
-from free.sampling.request import check_request
+from free.sampling.request import Options, check_request
 from free.sampling.window import Setup
 from free.windows import FixedWindow
 from tests.analytic import ElementwiseTarget
@@ -39,11 +39,7 @@ def target(make_dit: Callable[..., DiTTransformer2DModel]) -> free.DiTTarget:
 @torch.no_grad()
 def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int, captured: bool) -> None:
     process = free.ReverseProcess.ddpm(60)
-    request = check_request(
-        target, class_labels=[0, 1, 2], conditioning=None, num_samples=None, shape=None, process=process,
-        num_inference_steps=60, guidance_scale=1.5, seed=0, generator=None, latents=None, impl="auto",
-        callback_on_step_end=None,
-    )  # fmt: skip
+    request = check_request(target, Options(class_labels=[0, 1, 2], process=process, guidance_scale=1.5, seed=0))
     linear = free.LinearDrafter(torch.full((60, 3), 0.5), process.timestep, (2, 8, 8))
     setup = Setup.of(request, linear if drafter == "linear" else as_drafter(drafter), window, "auto")
     assert setup.static_shapes

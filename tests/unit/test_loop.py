@@ -18,7 +18,7 @@ from free.drafters import as_drafter
 from free.sampling.account import Account
 from free.sampling.capture import Graphs
 from free.sampling.loop import Run, Turn
-from free.sampling.request import Request, check_request
+from free.sampling.request import Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
 from free.windows import FixedWindow
@@ -34,21 +34,7 @@ def _no_gradients() -> Iterator[None]:
 
 
 def request_for(model: Any, **given: Any) -> Request:
-    arguments: dict[str, Any] = {
-        "class_labels": None,
-        "conditioning": None,
-        "num_samples": None,
-        "shape": None,
-        "process": None,
-        "num_inference_steps": 250,
-        "guidance_scale": 1.0,
-        "seed": 0,
-        "generator": None,
-        "latents": None,
-        "impl": "reference",
-        "callback_on_step_end": None,
-    }
-    return check_request(model, **{**arguments, **given})
+    return check_request(model, Options(**{"seed": 0, "impl": "reference", **given}))
 
 
 def on_meta(value: Any) -> Any:
