@@ -121,6 +121,8 @@ class SamplingStatistics:
     """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
+    sampler: str = ""
+    """What was sampled, where the caller did not name it: of a pipeline, what its scheduler stands for."""
 
     def __post_init__(self) -> None:
         if not len(self.tested):
@@ -185,6 +187,7 @@ class SamplingStatistics:
         rows = [
             ("samples", f"{len(rounds)}"),
             ("steps", f"{self.steps}"),
+            *([("sampler", self.sampler)] if self.sampler else []),
             ("drafter, window", f"{self.drafter}, {self.window}"),
             ("rounds per sample", f"{rounds.mean():.1f} (least {rounds.min()}, most {rounds.max()})"),
             ("parallel efficiency", f"{self.parallel_efficiency:.2f}"),
@@ -226,4 +229,5 @@ class SamplingStatistics:
             "total_variation_error": None if np.isnan(self.total_variation_error) else self.total_variation_error,
             "seconds": dict(self.seconds),
             "total_seconds": self.total_seconds,
+            "sampler": self.sampler,
         }

@@ -170,14 +170,23 @@ def advance(live: Live, setup: Setup, window: int, watch: Stopwatch) -> tuple[Li
         return settle(live, setup, proposed, output)
 
 
-def propose(live: Live, setup: Setup, window: int) -> Proposed:
-    """The first half of a round: drafts, and the states at which the target is wanted. Asks the target nothing."""
+def propose(live: Live, setup: Setup, window: int, until: int | None = None) -> Proposed:
+    """The first half of a round: drafts, and the states at which the target is wanted. Asks the target nothing.
+
+    Args:
+        live: the samples under way.
+        setup: of the run.
+        window: W.
+        until: a step that no sample passes in this round; those that have reached it wait, with no state that counts.
+    """
     request, process = setup.request, setup.request.process
     last_step = process.num_steps - 1
     step = live.step.clamp(max=last_step)  # a finished sample's is beyond the tables
     length = (setup.reach[step] - step + 1).clamp(max=window)  # [B]
     if setup.static_shapes:
         length = torch.where(live.step > last_step, 0, length)
+    if until is not None:
+        length = torch.minimum(length, (until - step).clamp(min=0))
     noise, uniforms = live.noise.reach(live.seed, step, window) if live.noise else (None, None)
     situation = Situation(
         live.state,

@@ -1,0 +1,235 @@
+"""A pipeline under speculation: what its calls go through, and what is put back after each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from free.drafters import Drafter
+from free.pipelines.callbacks import watch_call
+from free.pipelines.errors import UnsupportedPipelineError
+from free.pipelines.loop import Loop, Plan
+from free.pipelines.networks import Network, networks_of
+from free.pipelines.process import ProcessOptions, process_of
+from free.pipelines.refusals import check_arguments, check_guider, check_pipeline_class
+from free.pipelines.scheduler import as_set, driven
+from free.pipelines.target import check_networks
+from free.processes import ReverseProcess
+from free.sampling.loop import Turn
+from free.sampling.relaxation import Relaxation
+from free.sampling.statistics import SamplingStatistics
+from free.windows import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Speculation:
+    """A pipeline whose calls are speculated until :meth:`remove`; made by :func:`free.speculate`.
+
+    As a context it removes itself at the end.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        schedule: Schedule,
+        drafter: Drafter,
+        relaxation: Relaxation | None,
+        seed: Sequence[int] | None,
+        options: ProcessOptions,
+        impl: str,
+    ) -> None:
+        check_pipeline_class(pipe)
+        self.pipe: Any = pipe
+        self.schedule, self.drafter, self.relaxation = schedule, drafter, relaxation
+        self.seed, self.options, self.impl = seed, options, impl
+        self.history: list[SamplingStatistics] = []
+        """The statistics of each loop that was finished, the last one last."""
+        self.process: ReverseProcess | None = None
+        """What the last loop sampled."""
+        self.watch: Callable[[Loop, Turn], None] | None = None
+        self.interrupted = False
+        """Whether the pipeline may pass through what is left of its loop."""
+        self.scheduler: Any = None
+        """The driven one, during a call."""
+        self._own_scheduler: Any = None
+        self._loop: Loop | None = None
+        self._networks: list[Network] = []
+        self._bound: inspect.BoundArguments | None = None
+        self._sampler = ""
+        self._said: set[str] = set()
+        self._own_class: type | None = type(pipe)
+        self._install()
+
+    @property
+    def stats(self) -> SamplingStatistics:
+        """What the last call cost.
+
+        Raises:
+            RuntimeError: no call was finished yet.
+        """
+        if not self.history:
+            raise RuntimeError("no statistics yet: the pipeline was not called since it is speculated")
+        return self.history[-1]
+
+    def remove(self) -> None:
+        """Give the pipeline its own class back. Doing it again does nothing."""
+        if self._own_class is not None:
+            self.pipe.__class__, self._own_class = self._own_class, None
+
+    def __enter__(self) -> Speculation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _install(self) -> None:
+        own = type(self.pipe)
+        if hasattr(own, "_free_speculation"):
+            raise RuntimeError("pipe is speculated already; remove() that first")
+        signature = inspect.signature(own.__call__)
+
+        @functools.wraps(own.__call__)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(pipe, *args, **kwargs)
+            check_arguments(bound.arguments)
+            watch_call(bound, self)
+            with self.calling(bound):
+                return own.__call__(*bound.args, **bound.kwargs)
+
+        members: dict[str, Any] = {
+            "__call__": call,
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+            "_free_speculation": self,
+        }
+        if hasattr(own, "interrupt"):
+            # what is handed out in an interrupted round are drafts: a pipeline passes through only when told what is settled
+            members["interrupt"] = property(lambda pipe: self.interrupted)
+        self.pipe.__class__ = type(own.__name__, (own,), members)
+
+    @contextmanager
+    def calling(self, bound: inspect.BoundArguments) -> Iterator[None]:
+        """The context of one call: the scheduler and the networks are the pipeline's own again when it ends."""
+        if self._bound is not None:
+            raise RuntimeError(
+                "pipe is being called by somebody else; calls of a speculated pipeline go one after the other"
+            )
+        pipe, networks = self.pipe, networks_of(self.pipe)
+        if not networks:
+            raise UnsupportedPipelineError(f"pipe is a {type(pipe).__name__}, none of whose networks takes a timestep")
+        check_networks(networks)
+        check_guider(pipe)
+        own = pipe.scheduler
+        self.scheduler = driven(own, self)
+        steps = own.config.get("num_train_timesteps", 1000)
+        self.interrupted = False
+        with ExitStack() as during:
+            self._bound, self._own_scheduler = bound, own
+            during.callback(self._end_call)
+            # not by setattr, which would enter it into the pipeline's configuration
+            during.callback(pipe.__dict__.__setitem__, "scheduler", own)
+            pipe.__dict__["scheduler"] = self.scheduler
+            self._networks = [Network(name, module, steps) for name, module in networks.items()]
+            for network in self._networks:
+                during.enter_context(network.wrapped(self._shown_first))
+            yield
+
+    def _shown_first(self) -> torch.Tensor | None:
+        """The timestep of a first round under way, in which all rows have the same."""
+        return None if self._loop is None or self._loop.in_rounds else self._loop.shown
+
+    def iterate(self, timesteps: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
+        """The rounds of one loop of the pipeline."""
+        watch = self.watch
+        plan = Plan(
+            networks={network.name: network.module for network in self._networks},
+            process=self._process,
+            schedule=self.schedule,
+            drafter=self.drafter,
+            relaxation=self.relaxation,
+            seed=self.seed,
+            impl=self.impl,
+            copies=self._copies(),
+            barrier=self._barrier(),
+            watch=None if watch is None else lambda turn: watch(loop, turn),
+        )
+        loop = self._loop = Loop(plan, timesteps, first)
+        begin = time.perf_counter()
+        try:
+            yield from loop
+            if loop.run is not None:
+                stats = loop.run.finish()
+                stats.total_seconds = time.perf_counter() - begin
+                stats.seconds["target"] = stats.total_seconds - stats.seconds["draft"] - stats.seconds["verification"]
+                stats.sampler = self._sampler
+                self.history.append(stats)
+        finally:
+            self._loop = None
+
+    def _process(self, arguments: dict[str, Any]) -> ReverseProcess:
+        """Of the schedule as the pipeline has set it, and of what it gives the scheduler's first step."""
+        for name, default in (("s_churn", 0.0), ("s_noise", 1.0), ("per_token_timesteps", None), ("variance_noise", None)):
+            if arguments.get(name, default) != default:
+                raise UnsupportedPipelineError(f"the pipeline gives scheduler.step {name}, which cannot be speculated")
+        assert self.scheduler is not None and self._own_scheduler is not None
+        options = self.options.of_call(arguments.get("eta") or 0.0)
+        self.process, self._sampler = process_of(as_set(self.scheduler, type(self._own_scheduler)), options)
+        if self._sampler not in self._said:
+            # once is enough, where it is another process than the pipeline's own
+            self._said.add(self._sampler)
+            if "deterministic" in self._sampler:
+                warnings.warn(self._sampler, UserWarning, stacklevel=2)
+        return self.process
+
+    def _copies(self) -> int:
+        """How often the samples are in the latents: the class-conditional DiT's guidance doubles them before the loop."""
+        from diffusers import DiTPipeline
+
+        guided = isinstance(self.pipe, DiTPipeline) and self._argument("guidance_scale") > 1
+        return 2 if guided else 1
+
+    def _barrier(self) -> Callable[[torch.Tensor], bool] | None:
+        """Where a pipeline of two networks changes from one to the other, by the timestep."""
+        ratio = self.pipe.config.get("boundary_ratio")
+        if ratio is None:
+            return None
+        boundary = ratio * self.scheduler.config.num_train_timesteps
+        return lambda timestep: bool(timestep >= boundary)
+
+    def _argument(self, name: str) -> Any:
+        """Of the call under way, or its default."""
+        assert self._bound is not None
+        return self._bound.arguments.get(name, self._bound.signature.parameters[name].default)
+
+    def _end_call(self) -> None:
+        self._bound, self._loop, self._networks = None, None, []
+        self._own_scheduler = self.scheduler = None
+
+    @property
+    def iterating(self) -> bool:
+        return self._loop is not None
+
+    @property
+    def in_rounds(self) -> bool:
+        return self._loop is not None and self._loop.in_rounds
+
+    @property
+    def loop(self) -> Loop | None:
+        """The one under way."""
+        return self._loop
+
+    def step(self, model_output: torch.Tensor, sample: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        if self._loop is None:
+            raise UnsupportedPipelineError(
+                "the pipeline calls scheduler.step outside a loop over scheduler.timesteps; it cannot be speculated"
+            )
+        return self._loop.step(model_output, sample, arguments)
