@@ -19,6 +19,7 @@ from free.drafters import (
     StepDrafter,
     as_drafter,
 )
+from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
 from free.processes import ReverseProcess
 from free.sampling.loop import NonFiniteOutputError
 from free.sampling.planning import plan_window
@@ -48,14 +49,17 @@ __all__ = [
     "LinearDrafter",
     "ModelDrafter",
     "NonFiniteOutputError",
+    "PipelineCheck",
     "Relaxation",
     "ReverseProcess",
     "SamplingOutput",
     "SamplingStatistics",
     "Situation",
+    "Speculation",
     "StepDrafter",
     "Target",
     "TargetOutput",
+    "UnsupportedPipelineError",
     "WindowPlan",
     "__version__",
     "ancestral_sample",
@@ -63,7 +67,9 @@ __all__ = [
     "as_target",
     "average_learned_variance",
     "calibrate",
+    "check_pipeline",
     "plan_window",
+    "speculate",
     "speculative_sample",
 ]
 

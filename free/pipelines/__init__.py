@@ -1,7 +1,8 @@
-"""Speculation inside any diffusers pipeline. ``speculate.py`` has the door, ``loop.py`` the rounds, ``rows.py`` the trick."""
+"""Speculation inside any diffusers pipeline. ``speculate.py`` has the door, ``loop.py`` the rounds."""
 
+from free.pipelines.check import PipelineCheck, check_pipeline
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.speculate import speculate
 from free.pipelines.speculation import Speculation
 
-__all__ = ["Speculation", "UnsupportedPipelineError", "speculate"]
+__all__ = ["PipelineCheck", "Speculation", "UnsupportedPipelineError", "check_pipeline", "speculate"]

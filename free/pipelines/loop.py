@@ -26,6 +26,9 @@ from free.sampling.window import Proposed, Setup, propose, settle
 from free.targets import TargetOutput
 from free.windows import Schedule
 
+Watch = Callable[[Proposed, torch.Tensor, Turn], None]
+"""Of a round: what was asked, what was answered [N, *sample shape], and what came of it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,7 +47,7 @@ class Plan:
     """How often the pipeline keeps its samples in its latents: 2 where guidance has doubled them before the loop."""
     barrier: Callable[[torch.Tensor], bool] | None = None
     """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
-    watch: Callable[[Turn], None] | None = None
+    watch: Watch | None = None
     """Told of every round."""
 
 
@@ -108,14 +111,14 @@ class Loop:
             )
         if self._answered:
             raise UnsupportedPipelineError(
-                "the pipeline calls scheduler.step twice for one timestep (two latents that share a scheduler?); it cannot be "
-                "speculated"
+                "the pipeline calls scheduler.step twice for one timestep (two latents that share a scheduler?); it cannot "
+                "be speculated"
             )
         output, sample = plain(model_output), plain(sample)
         if output.shape != sample.shape:
             raise UnsupportedPipelineError(
-                f"scheduler.step is given an output of shape {tuple(output.shape)} for a sample of {tuple(sample.shape)}: they "
-                "must agree (a scheduler of learned variance cannot be speculated)"
+                f"scheduler.step is given an output of shape {tuple(output.shape)} for a sample of {tuple(sample.shape)}: "
+                "they must agree (a scheduler of learned variance cannot be speculated)"
             )
         rows = len(sample) // self.plan.copies
         if self.run is None:
@@ -193,7 +196,8 @@ class Loop:
 
     def _settle(self, output: torch.Tensor) -> None:
         run, proposed = self.run, self._proposed
-        assert run is not None and proposed is not None
+        assert run is not None
+        assert proposed is not None
         states = len(proposed.query.states)
         if len(output) < states:
             raise UnsupportedPipelineError(f"scheduler.step is given {len(output)} rows where the round has {states} states")
@@ -202,7 +206,7 @@ class Loop:
         run.account.add(live, done)
         turn = run.enter(live, done, self._window)
         if self.plan.watch is not None:
-            self.plan.watch(turn)
+            self.plan.watch(proposed, output[:states], turn)
         run.release()
 
     def _hand_out(self) -> torch.Tensor:
@@ -266,9 +270,12 @@ def steps_of(process: ReverseProcess, first: int, last: int) -> ReverseProcess:
     """Steps ``first`` … ``last - 1`` of a process, as a process."""
     if (first, last) == (0, process.num_steps):
         return process
-    columns = {
+    columns: dict[str, Any] = {
         field.name: value[first:last]
         for field in fields(process)
         if field.init and isinstance(value := getattr(process, field.name), torch.Tensor)
     }
+    if "memory" in columns:
+        # nothing is remembered of before: the first step is of first order
+        columns["memory"] = torch.cat((torch.zeros_like(columns["memory"][:1]), columns["memory"][1:]))
     return replace(process, **columns)

@@ -84,8 +84,8 @@ class Network:
         groups, rest = divmod(len(states), len(layout) * inner)
         if rest or not groups:
             raise UnsupportedPipelineError(
-                f"{self.name} is called with {len(states)} rows where the round has {len(layout)} states; the pipeline works "
-                "with a fixed number of rows and cannot be speculated"
+                f"{self.name} is called with {len(states)} rows where the round has {len(layout)} states; the pipeline "
+                "works with a fixed number of rows and cannot be speculated"
             )
 
         def change(name: str, value: Any) -> Any:
@@ -151,8 +151,8 @@ class Network:
         # those that are left may differ in rounding
         if not made or any(not torch.allclose(one.float(), made[0].float(), rtol=_ROUNDING) for one in made):
             raise UnsupportedPipelineError(
-                f"{self.name} is given timestep {given.flatten()[0].item()} where the loop has {layout.shown.item()}; what the "
-                "pipeline made of it is not known, so that states of other timesteps cannot be told theirs"
+                f"{self.name} is given timestep {given.flatten()[0].item()} where the loop has {layout.shown.item()}; what "
+                "the pipeline made of it is not known, so that states of other timesteps cannot be told theirs"
             )
         if given.dim() < 2:
             return made[0]

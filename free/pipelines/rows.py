@@ -120,38 +120,21 @@ def change_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return value
 
 
-_COMPARISONS = {
-    getattr(torch.Tensor, name)
-    for name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "lt", "le", "gt", "ge")
-}
-_EXPANSIONS = {torch.Tensor.expand, torch.Tensor.repeat, torch.Tensor.tile}
-_SHAPES = {
-    getattr(torch.Tensor, name) for name in ("__getitem__", "unsqueeze", "squeeze", "view", "reshape", "flatten", "ravel")
-} | {torch.unsqueeze, torch.squeeze, torch.reshape, torch.flatten}
-_ALONG_ROWS = {
-    torch.cat,
-    torch.concat,
-    torch.chunk,
-    torch.split,
-    torch.tensor_split,
-    torch.narrow,
-    *(getattr(torch.Tensor, name) for name in ("__getitem__", "chunk", "split", "tensor_split", "narrow", "repeat", "tile")),
-}
+def _methods(*names: str) -> set[Any]:
+    """Those of a tensor, and the functions of the same name."""
+    of_torch = {getattr(torch, name) for name in names if hasattr(torch, name)}
+    return {getattr(torch.Tensor, name) for name in names if hasattr(torch.Tensor, name)} | of_torch
+
+
+_COMPARISONS = _methods("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "lt", "le", "gt", "ge", "eq", "ne")
+_EXPANSIONS = _methods("expand", "repeat", "tile")
+_SHAPES = _methods("__getitem__", "unsqueeze", "squeeze", "view", "reshape", "flatten", "ravel")
+_ALONG_ROWS = _methods("cat", "concat", "chunk", "split", "tensor_split", "narrow", "repeat", "tile", "__getitem__")
 """Of these a result has a multiple of the states as its rows where it has rows of theirs at all."""
-_ROW_BY_ROW = {torch.unbind, torch.select, torch.Tensor.unbind, torch.Tensor.select}
-_RESHAPES = {
-    torch.reshape,
-    torch.flatten,
-    *(getattr(torch.Tensor, name) for name in ("view", "reshape", "flatten", "unflatten")),
-}
-_REPEATS = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
-_PERMUTES = {
-    torch.permute,
-    torch.transpose,
-    torch.swapaxes,
-    torch.movedim,
-    *(getattr(torch.Tensor, name) for name in ("permute", "transpose", "swapaxes", "movedim")),
-}
+_ROW_BY_ROW = _methods("unbind", "select")
+_RESHAPES = _methods("view", "reshape", "flatten", "unflatten")
+_REPEATS = _methods("repeat_interleave")
+_PERMUTES = _methods("permute", "transpose", "swapaxes", "movedim")
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A pipeline's own scheduler, of which only the loop's part is replaced: what remains is its class, configuration and all."""
+"""A pipeline's own scheduler, of which the loop's part is replaced: class, configuration and the rest remain."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def driven(scheduler: Any, driver: StepDriver) -> Any:
             f"scheduler is a {own.__name__}, which evaluates the network {scheduler.order} times a step; allowed are those "
             "that do it once"
         )
-    signature = inspect.signature(own.step)
+    signature, scales = inspect.signature(own.step), hasattr(own, "scale_model_input")
 
     @functools.wraps(own.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -51,18 +51,19 @@ def driven(scheduler: Any, driver: StepDriver) -> Any:
 
         arguments = signature.bind(self, *args, **kwargs).arguments
         model_output, sample = arguments.pop("model_output"), arguments.pop("sample")
+        if scales and not driver.in_rounds:
+            # a process keeps the state as the network sees it
+            sample = own.scale_model_input(self, sample, arguments["timestep"])
         latents = driver.step(model_output, sample, arguments)
         return SchedulerOutput(prev_sample=latents) if arguments.get("return_dict", True) else (latents,)
 
-    @functools.wraps(own.scale_model_input if hasattr(own, "scale_model_input") else lambda self, sample: sample)
     def scale_model_input(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # a process keeps the state as the network sees it
         return sample if driver.in_rounds else own.scale_model_input(self, sample, *args, **kwargs)
 
     def copied(self: Any, memo: Any) -> Any:
         raise UnsupportedPipelineError(
-            "the pipeline copies its scheduler to drive another chain beside the latents (as with sound and video); it cannot "
-            "be speculated"
+            "the pipeline copies its scheduler to drive another chain beside the latents (as with sound and video); it "
+            "cannot be speculated"
         )
 
     members: dict[str, Callable[..., Any] | str] = {
@@ -72,16 +73,16 @@ def driven(scheduler: Any, driver: StepDriver) -> Any:
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
     }
-    if hasattr(own, "scale_model_input"):
-        members["scale_model_input"] = scale_model_input
-    replaced = object.__new__(type(own.__name__, (own,), members))
+    if scales:
+        members["scale_model_input"] = functools.wraps(own.scale_model_input)(scale_model_input)
+    replaced: Any = object.__new__(type(own.__name__, (own,), members))
     replaced.__dict__.update(scheduler.__dict__)
     return replaced
 
 
 def as_set(scheduler: Any, own: type) -> Any:
     """The scheduler as its class made it, for those who read what is set: with plain timesteps."""
-    read = object.__new__(own)
+    read: Any = object.__new__(own)
     read.__dict__.update(scheduler.__dict__)
     read.timesteps = scheduler.timesteps.as_subclass(torch.Tensor)
     return read

@@ -38,8 +38,9 @@ def speculate(
     Until the context ends, or ``run.remove()``, a call draws samples with the law of the step-by-step sampler that
     :meth:`free.ReverseProcess.from_scheduler` makes of the pipeline's scheduler, as the call has set it (steps, shift, mu,
     sigmas). A scheduler that draws no noise (DDIM, DPM-Solver, FlowMatchEuler) becomes its stochastic counterpart, with a
-    warning: exactness is relative to that. The pipeline's networks are shown W states a sample in one forward; each row meets
-    the conditioning of its sample and a timestep of its own. :func:`free.check_pipeline` shows whether a pipeline allows it.
+    warning: exactness is relative to that. The pipeline's networks are shown W states a sample in one forward; each row
+    meets the conditioning of its sample and a timestep of its own. :func:`free.check_pipeline` shows whether a pipeline
+    allows it.
 
     Args:
         pipe: any ``DiffusionPipeline`` with one scheduler; what cannot be speculated is refused by name.
@@ -75,8 +76,8 @@ def speculate(
     drafter = as_drafter(drafter)
     if isinstance(drafter, ModelDrafter) or drafter.needs_features:
         raise ValueError(
-            f"drafter {drafter.name!r} asks for the target's conditioning or features, which a pipeline keeps to itself; use "
-            "'hold-x0' or another that leans on outputs only"
+            f"drafter {drafter.name!r} asks for the target's conditioning or features, which a pipeline keeps to itself; "
+            "use 'hold-x0' or another that leans on outputs only"
         )
     if seed is not None:
         seed = [int(key) for key in seed]

@@ -15,14 +15,13 @@ import torch
 from free.drafters import Drafter
 from free.pipelines.callbacks import watch_call
 from free.pipelines.errors import UnsupportedPipelineError
-from free.pipelines.loop import Loop, Plan
+from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
 from free.pipelines.process import ProcessOptions, process_of
 from free.pipelines.refusals import check_arguments, check_guider, check_pipeline_class
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
 from free.processes import ReverseProcess
-from free.sampling.loop import Turn
 from free.sampling.relaxation import Relaxation
 from free.sampling.statistics import SamplingStatistics
 from free.windows import Schedule
@@ -55,7 +54,8 @@ class Speculation:
         """The statistics of each loop that was finished, the last one last."""
         self.process: ReverseProcess | None = None
         """What the last loop sampled."""
-        self.watch: Callable[[Loop, Turn], None] | None = None
+        self.watch: Watch | None = None
+        """Told of every round of every call."""
         self.interrupted = False
         """Whether the pipeline may pass through what is left of its loop."""
         self.scheduler: Any = None
@@ -149,7 +149,6 @@ class Speculation:
 
     def iterate(self, timesteps: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
         """The rounds of one loop of the pipeline."""
-        watch = self.watch
         plan = Plan(
             networks={network.name: network.module for network in self._networks},
             process=self._process,
@@ -160,7 +159,7 @@ class Speculation:
             impl=self.impl,
             copies=self._copies(),
             barrier=self._barrier(),
-            watch=None if watch is None else lambda turn: watch(loop, turn),
+            watch=self.watch,
         )
         loop = self._loop = Loop(plan, timesteps, first)
         begin = time.perf_counter()
@@ -180,7 +179,6 @@ class Speculation:
         for name, default in (("s_churn", 0.0), ("s_noise", 1.0), ("per_token_timesteps", None), ("variance_noise", None)):
             if arguments.get(name, default) != default:
                 raise UnsupportedPipelineError(f"the pipeline gives scheduler.step {name}, which cannot be speculated")
-        assert self.scheduler is not None and self._own_scheduler is not None
         options = self.options.of_call(arguments.get("eta") or 0.0)
         self.process, self._sampler = process_of(as_set(self.scheduler, type(self._own_scheduler)), options)
         if self._sampler not in self._said:

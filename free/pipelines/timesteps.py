@@ -34,7 +34,7 @@ class Timesteps(torch.Tensor):
         timesteps.first, timesteps.driver = first, driver
         return timesteps
 
-    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return self.driver.iterate(self.as_subclass(torch.Tensor), self.first)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -59,8 +59,8 @@ class Timesteps(torch.Tensor):
                 return cls.of(result, source.driver, source.first + start) if stride == 1 else result
             if result.dim() == 0 and source.driver.iterating:
                 raise UnsupportedPipelineError(
-                    "the pipeline looks up timesteps by the number of the round, which is not the number of a step; it cannot "
-                    "be speculated"
+                    "the pipeline looks up timesteps by the number of the round, which is not the number of a step; it "
+                    "cannot be speculated"
                 )
         elif func in _SAME and result.shape == plain_args[0].shape:
             return cls.of(result, source.driver, source.first)
