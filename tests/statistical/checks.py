@@ -27,7 +27,7 @@ from free.drafters import Drafter, Situation, StepDrafter
 from free_kernels import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, posterior, uniform, verify
 from tests.analytic import GaussianTarget, MixtureTarget, ShiftedModel, turning_direction
 from tests.featured import WIDTH, FeaturedTarget, feature_drafter
-from tests.statistical import laws
+from tests.statistical import keys, laws
 from tests.statistical.laws import bonferroni, chi2_p, normal_p, spearman_p, spread_p, success_p, unit
 
 ONE_STEP = 100_000
@@ -524,4 +524,5 @@ CHECKS: dict[str, Callable[[], PValues]] = {
     "streams": streams,
     **{f"one step, {form}": functools.partial(one_step, form) for form in ("plain", "guided", "clipped")},
     **{f"chain: {name}": functools.partial(chain, name) for name in CASES},
+    **keys.CHECKS,
 }

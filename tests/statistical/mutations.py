@@ -163,6 +163,12 @@ def _unguided() -> Any:
     return replaced("free_kernels.verify.reference", "verify", make)
 
 
+def _method(where: str, name: str, planted: Callable[..., Any]) -> Callable[[], Any]:
+    """Puts ``planted`` in the place of a method of the class at ``where`` ("module:class")."""
+    module, _, owner = where.partition(":")
+    return lambda: mock.patch.object(getattr(importlib.import_module(module), owner), name, planted)
+
+
 _PLAIN, _SHIFTED = "one step, plain", "chain: gaussian, shifted, W=4"
 _BOTH = (_PLAIN, _SHIFTED)
 
@@ -204,4 +210,17 @@ MUTATIONS: dict[str, Mutation] = {
     "timestep off by one": Mutation(_later_timestep, (_SHIFTED, "chain: mixture, hold-x0, W=4")),
     "delta of x0 not clamped": Mutation(_unclipped_delta, ("one step, clipped", "chain: mixture, shifted, W=8, clipped")),
     "guidance left out of verification": Mutation(_unguided, ("one step, guided", "chain: gaussian, hold-x0, W=4, guided")),
+    "a pilot of the samples' own keys": Mutation(
+        _method("free.sampling.request:Request", "pilot", lambda request: request), ("keys: a plan of the same seed",)
+    ),
+    "a plan that forgot whose noise it has seen": Mutation(
+        _method("free.windows:WindowPlan", "keys", property(lambda plan: frozenset(), lambda plan, keys: None)),
+        ("keys: a plan of statistics",),
+    ),
+    "auto remembers the same key": Mutation(
+        _method("free.windows:Experience", "admit", lambda experience, keys: True), ("keys: auto twice",)
+    ),
+    "auto pools rows of one key": Mutation(
+        _method("free.windows:AutoWindow", "fixed", lambda schedule, batch: schedule), ("keys: auto, a key in two rows",)
+    ),
 }
