@@ -267,7 +267,7 @@ CASES: dict[str, Case] = {
     ),
     "cliff, over the cliff, W=3": Case("cliff", "over the cliff", 3, seed=37),
     "gaussian, hold-x0, W=8, one by one": Case("gaussian", "hold-x0", 8, steps=44, samples=100, calls=100, seed=38),
-    "gaussian, uneven, W=4, two by two": Case("gaussian", "uneven", 4, steps=48, samples=80, calls=40, seed=39),
+    "gaussian, uneven, W=4, two by two": Case("gaussian", "uneven", 4, steps=48, samples=60, calls=30, seed=39),
     "gaussian, leaning on the feature, W=4": Case(
         "gaussian", "leaning on the feature", 4, seed=42, shape=FeaturedTarget.sample_shape
     ),

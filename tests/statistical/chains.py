@@ -245,6 +245,8 @@ def chain(name: str, impl: str = "reference", device: str = "cpu") -> PValues:
     """All that is tested of one case."""
     case = CASES[name]
     run = run_chain(case, impl, device)
+    if case.calls > 1:
+        return innovations(run)  # moments of so few samples are not normal far out
     known = hasattr(make_target(case), "chain_moments") and case.clip is None
     end = closed_form(run, case) if known else against_ancestral(run, case)
     return innovations(run) | end

@@ -13,8 +13,8 @@ The weakest biases that have to be seen, at |delta| = 1.5, where 55 % of the dra
 Hence 1e5 rows of one step, and chains of n samples with n * (S - 1) >= 7e4 innovations.
 
 Some bugs are of a call and not of a step, and thousands of samples a call thin them out or cannot have them at all: rows
-that share what is drawn ahead, a choice made once for a batch. Such cases call the sampler 40 to 100 times with one or two
-samples, of more steps than are drawn ahead. n is about 4e3 there, which sees a distance of 0.09; but a bug of this kind is
+that share what is drawn ahead, a choice made once for a batch. Such cases call the sampler 30 to 100 times with one or two
+samples, of more steps than are drawn ahead. n is 3e3 to 4e3 there, which sees a distance of 0.1; but a bug of this kind is
 not weak: one noise that two steps share moves their product's mean by 1, so 30 such pairs of D = 6 among 3e3 are 10 errors.
 
 Relaxed runs are judged by means of sums a sample. The third moment is 0.2 nats of 1.9 in a test at |delta| = 2, tau = 0.02,
