@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Callback = Callable[[Any, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], Any]
 
 DEFAULT_STEPS = 250
+# two words, where a sample's derived key has one: no batch is so large that its keys could be these
+_PILOTS = (0x70696C6F, 1)
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,6 +49,23 @@ class Request:
     @property
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
+
+    @property
+    def keys(self) -> list[int]:
+        """The keys on the host; waits for the device."""
+        return self.seed.tolist()
+
+    def pilot(self) -> Request:
+        """The same request under keys of a root of their own: for all that is measured so that a choice may follow from it.
+
+        No choice may have seen a noise of the key that it is made for. Each row has another key, also where two rows of
+        the request share one.
+        """
+        keys = [
+            int(np.random.SeedSequence((key % 2**64, row), spawn_key=_PILOTS).generate_state(1, np.uint64)[0])
+            for row, key in enumerate(self.keys)
+        ]
+        return replace(self, seed=torch.tensor(_signed(keys), dtype=torch.int64, device=self.seed.device))
 
     @contextmanager
     def running(self, *, features: bool = False, compile: bool = False) -> Iterator[None]:
@@ -229,6 +248,11 @@ def _check_seeds(
         keys = [first, *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
     else:
         keys = [_check_seed(key) for key in cast("Sequence[int]", seed)]
+    return _signed(keys)
+
+
+def _signed(keys: Sequence[int]) -> list[int]:
+    """The same 64 bits as int64 has them."""
     return [(key + 2**63) % 2**64 - 2**63 for key in keys]
 
 

@@ -121,6 +121,9 @@ class SamplingStatistics:
     """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
+    keys: frozenset[int] = frozenset()
+    """Of the samples, and of those that their windows were chosen by: what follows from these statistics has seen their
+    noise, and may choose nothing for them."""
 
     def __post_init__(self) -> None:
         if not len(self.tested):

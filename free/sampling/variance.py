@@ -65,6 +65,7 @@ def average_learned_variance(
             impl=impl,
         ),
     )
+    request = request.pilot()  # its variances are chosen for samples whose noise they may not have seen
     target, process = request.target, request.process
     target.check_learned_variance()
     if process.log_variance_range is None:

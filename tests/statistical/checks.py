@@ -27,17 +27,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from tests.statistical import keys
 from tests.statistical.cases import CASES, RELAXED
 from tests.statistical.certificate import certificate
 from tests.statistical.chains import chain
 from tests.statistical.laws import PValues
 from tests.statistical.one_step import one_step
-from tests.statistical.streams import keys, streams
+from tests.statistical.streams import keys_of_a_seed, streams
 
 CHECKS: dict[str, Callable[[], PValues]] = {
     "streams": streams,
-    "keys": keys,
+    "keys of a seed": keys_of_a_seed,
     **{f"one step, {form}": functools.partial(one_step, form) for form in ("plain", "guided", "clipped")},
     **{f"chain: {name}": functools.partial(chain, name) for name in CASES},
     **{f"certificate: {name}": functools.partial(certificate, name) for name in RELAXED},
+    **keys.CHECKS,
 }

@@ -62,20 +62,20 @@ def main(arguments: list[str] | None = None) -> int:
     bugs = parser.parse_args(arguments).bug
     torch.set_num_threads(1)  # many small operations, on cores that are often shared
     failures = []
-    print(f"{'planted bug':<40}{'check':<58}{'sharpest hypothesis':<46}p-value")
+    print(f"{'planted bug':<44}{'check':<58}{'sharpest hypothesis':<46}p-value")
     for bug in bugs:
         findings = hunt(bug)
         for finding in findings:
             verdict = "" if finding.caught else "   not seen here"
-            print(f"{finding.bug:<40}{finding.check:<58}{finding.hypothesis:<46}{finding.p_value:.1e}{verdict}", flush=True)
+            print(f"{finding.bug:<44}{finding.check:<58}{finding.hypothesis:<46}{finding.p_value:.1e}{verdict}", flush=True)
         if not any(finding.caught for finding in findings):
             failures.append(f"{bug}: escaped every check")
     used = dict.fromkeys(check for bug in bugs for check in MUTATIONS[bug].checks)
-    print(f"\n{'without a bug':<40}{'check':<58}{'least of its hypotheses':<46}p-value")
+    print(f"\n{'without a bug':<44}{'check':<58}{'least of its hypotheses':<46}p-value")
     for check in used:
         p_values = unmutated(check)
         hypothesis = min(p_values, key=p_values.__getitem__)
-        print(f"{'':<40}{check:<58}{hypothesis:<46}{p_values[hypothesis]:.1e}", flush=True)
+        print(f"{'':<44}{check:<58}{hypothesis:<46}{p_values[hypothesis]:.1e}", flush=True)
         if not p_values[hypothesis] >= BUDGET:
             failures.append(f"{check}: rejects the package as it is ({hypothesis})")
     print("\n" + ("\n".join(failures) or f"{len(bugs)} bugs planted, every one caught at p < {BUDGET:.0e}"))

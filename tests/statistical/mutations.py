@@ -163,6 +163,12 @@ def _unguided() -> Any:
     return replaced("free_kernels.verify.reference", "verify", make)
 
 
+def _method(where: str, name: str, planted: Callable[..., Any]) -> Callable[[], Any]:
+    """Puts ``planted`` in the place of a method of the class at ``where`` ("module:class")."""
+    module, _, owner = where.partition(":")
+    return lambda: mock.patch.object(getattr(importlib.import_module(module), owner), name, planted)
+
+
 @contextmanager
 def _within(module: str, owner: str, method: str, **changed: Any) -> Iterator[None]:
     """While ``owner.method`` runs, methods of tensors are others."""
@@ -310,7 +316,7 @@ MUTATIONS: dict[str, Mutation] = {
     "guidance left out of verification": Mutation(_unguided, ("one step, guided", "chain: gaussian, hold-x0, W=4, guided")),
     "anchors only if all are finite": Mutation(_finite_or_nothing, ("chain: cliff, over the cliff, W=3",)),
     "latents are the noise of step 0": Mutation(_latents_of_step_0, ("chain: gaussian, leaning, W=4",)),
-    "keys of a batch are seed + i": Mutation(_counted_keys, ("keys",)),
+    "keys of a batch are seed + i": Mutation(_counted_keys, ("keys of a seed",)),
     "feature of the anchor at step k+1": Mutation(_later_feature, ("chain: gaussian, leaning on the feature, W=4",)),
     "noise refilled only if all rows need it": Mutation(
         lambda: _within("free.sampling.noise", "NoiseWindow", "reach", any=torch.Tensor.all),
@@ -325,4 +331,17 @@ MUTATIONS: dict[str, Mutation] = {
         ("certificate: within a budget",),
     ),
     "divergence without its third moment": Mutation(_two_moments, ("certificate: tau 0.02",)),
+    "a pilot of the samples' own keys": Mutation(
+        _method("free.sampling.request:Request", "pilot", lambda request: request), ("keys: a plan of the same seed",)
+    ),
+    "a plan that forgot whose noise it has seen": Mutation(
+        _method("free.windows:WindowPlan", "keys", property(lambda plan: frozenset(), lambda plan, keys: None)),
+        ("keys: a plan of statistics",),
+    ),
+    "auto remembers the same key": Mutation(
+        _method("free.windows:Experience", "admit", lambda experience, keys: True), ("keys: auto twice",)
+    ),
+    "auto pools rows of one key": Mutation(
+        _method("free.windows:AutoWindow", "fixed", lambda schedule, batch: schedule), ("keys: auto, a key in two rows",)
+    ),
 }

@@ -53,7 +53,7 @@ def _independent_p(first: torch.Tensor, second: torch.Tensor) -> float:
     return bonferroni([normal_p((unit(first) * second).sum(-1)), bonferroni(pairs)])
 
 
-def keys(first: int = 0) -> PValues:
+def keys_of_a_seed(first: int = 0) -> PValues:
     """Samples of seeds in a row, some of each: all of them are independent, in a batch and from one seed to the next."""
     seeds, rows, model, process = 20, 64, GaussianTarget.example(DIM), free.ReverseProcess.ddpm(4)
     outputs = [

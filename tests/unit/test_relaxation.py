@@ -15,6 +15,7 @@ from scipy import integrate, stats
 
 import free
 from free.sampling.relaxation import DraftedSteps, divergence, excess_acceptance, relaxed_acceptance
+from free.sampling.request import Options, check_request
 from free.sampling.statistics import total_variation
 from free.sampling.variance import average_learned_variance
 from tests.analytic import ElementwiseTarget
@@ -288,8 +289,9 @@ def test_average_learned_variance(make_dit: MakeDiT) -> None:
     assert variance.dtype == torch.float64
     posterior, beta = (free.ReverseProcess.ddpm(steps, variance=name).std.double() ** 2 for name in ("posterior", "beta"))
     process = free.ReverseProcess.ddpm(steps, variance="geometric")
+    pilot = check_request(model, Options(class_labels=[0, 3], seed=5)).pilot()
     trajectory = free.ancestral_sample(
-        model, class_labels=[0, 3], seed=5, process=process, return_trajectory=True
+        model, class_labels=[0, 3], seed=pilot.keys, process=process, return_trajectory=True
     ).trajectory  # fmt: skip
     assert trajectory is not None
     for k in range(steps - 1):
