@@ -17,12 +17,10 @@ import free.sampling.planning
 from free.drafters import Situation, StepDrafter
 from free.sampling.window import Setup
 from free.windows import RoundSeconds
-from tests.statistical.laws import normal_p
+from tests.statistical.laws import PValues, normal_p
 
 # of rounds of one, two and four states a row: near where a second state pays, so that what was seen of a draft decides
 SECONDS = np.array([1.0, 1.2, 1.4])
-
-PValues = dict[str, float]
 
 
 class Line:

@@ -14,7 +14,7 @@ from free.drafters import Situation, StepDrafter
 from free.sampling.relaxation import DraftedSteps, excess_acceptance, relaxed_acceptance
 from free_kernels import posterior, verify
 from tests.analytic import GaussianTarget
-from tests.statistical.laws import BUDGET, acceptance_probability, normal_p, success_p
+from tests.statistical.laws import BUDGET, acceptance_probability, density_ratio, normal_p, success_p
 
 ROWS = 100_000
 DIM = 6
@@ -118,13 +118,6 @@ def relaxed_run(norm: float, tau: float, steps: int, samples: int) -> tuple[free
     innovation = ((after - mean) / process.std[:-1, None])[..., 0]
     assert (output.stats.tested[:-1] == samples).all()
     return output, innovation
-
-
-def density_ratio(y: np.ndarray, norm: float, tau: float) -> np.ndarray:
-    """Of a relaxed step's innovation to N(0, 1): docs/relaxation.md, written from the two cases there."""
-    log_rho = norm * y - norm**2 / 2  # of the draft's density to the target's
-    on_the_targets_side = 1 + np.exp(np.minimum(log_rho, 0)) - np.exp(tau * np.minimum(log_rho, 0))
-    return np.where(log_rho < 0, on_the_targets_side, np.exp((1 - tau) * np.maximum(log_rho, 0)))
 
 
 @pytest.mark.parametrize(("norm", "tau", "steps"), [(1.5, 0.5, 2), (1.5, 0.3, 4), (0.8, 0.9, 33)])
