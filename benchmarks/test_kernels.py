@@ -49,7 +49,7 @@ def make(operation: str, shape: tuple[int, int, int], device: torch.device) -> t
         return torch.randn(*size, generator=generator, device=device)
 
     process = ReverseProcess.ddpm(STEPS).table
-    table = StepTable(*(column.to(device) for column in process[:-1]), process.clip_range)
+    table = StepTable(*(column.to(device) for column in process.columns), process.clip_range)
     seed = torch.arange(batch, device=device)
     step = 40 + 3 * torch.arange(batch, device=device)
     length = torch.full_like(step, window)

@@ -15,6 +15,9 @@ class StepTable(NamedTuple):
     The mean of step k is ``state_coef[k] * x + model_coef[k] * y``. Where ``clip_range`` is set it is
     ``clip_state_coef[k] * x + clip_x0_coef[k] * clamp(x0, ±clip_range)`` with
     ``x0 = x0_state_coef[k] * x + x0_model_coef[k] * y``. The noise has the standard deviation ``std[k]`` either way.
+
+    With ``memory_coef`` the process is of second order: ``memory_coef[k] * (x0[k] - x0[k-1])`` is added to the mean, x0[k]
+    the estimate at x[k]. It goes with no ``clip_range``.
     """
 
     state_coef: torch.Tensor
@@ -25,6 +28,12 @@ class StepTable(NamedTuple):
     clip_state_coef: torch.Tensor
     clip_x0_coef: torch.Tensor
     clip_range: float | None = None
+    memory_coef: torch.Tensor | None = None
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """Those that every table has."""
+        return self[:7]
 
     @property
     def num_steps(self) -> int:
@@ -32,10 +41,14 @@ class StepTable(NamedTuple):
 
 
 def check_table(table: StepTable, device: torch.device) -> None:
-    """Every column float [S] on ``device``; ``clip_range`` positive or None."""
+    """Every column float [S] on ``device``; ``clip_range`` positive or None, and then no ``memory_coef``."""
     length: int | None = None
-    for name, column in zip(table._fields[:-1], table[:-1], strict=True):
+    for name, column in zip(table._fields, table.columns, strict=False):
         check_values(f"table.{name}", column, (length,), device)
         length = column.shape[0]
     if table.clip_range is not None and not table.clip_range > 0:
         raise ValueError(f"table.clip_range is {table.clip_range}; allowed is a positive number or None")
+    if table.memory_coef is not None:
+        check_values("table.memory_coef", table.memory_coef, (length,), device)
+        if table.clip_range is not None:
+            raise ValueError(f"table.memory_coef is given with a clip_range of {table.clip_range}; allowed is one of them")

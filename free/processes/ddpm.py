@@ -120,11 +120,12 @@ def check_variance(variance: torch.Tensor, num_steps: int) -> torch.Tensor:
     return variance
 
 
-def check_count(name: str, count: int, most: int) -> int:
+def check_count(name: str, count: int | None, most: int | None) -> int:
+    allowed = "1 or more" if most is None else f"1 … {most}, the steps that the process has"
     if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"{name} is {count!r}; allowed is an int, 1 … {most}")
-    if not 1 <= count <= most:
-        raise ValueError(f"{name} is {count}; allowed is 1 … {most}, the steps that the process has")
+        raise ValueError(f"{name} is {count!r}; allowed is an int, {allowed}")
+    if count < 1 or (most is not None and count > most):
+        raise ValueError(f"{name} is {count}; allowed is {allowed}")
     return count
 
 

@@ -79,11 +79,12 @@ class Request:
             yield
 
     def initial_state(self) -> torch.Tensor:
-        """float32 [B, D]: the caller's latents, or standard normal noise of the seeds' own stream."""
+        """float32 [B, D]: the caller's latents, or normal noise of the seeds' own stream, of the process's initial std."""
         if self.latents is not None:
             return self.latents.clone()
         numel = int(np.prod(self.sample_shape))
-        return normal(self.seed, torch.zeros_like(self.seed), numel, stream=LATENT_STREAM)
+        noise = normal(self.seed, torch.zeros_like(self.seed), numel, stream=LATENT_STREAM)
+        return noise if self.process.initial_std == 1 else noise.mul_(self.process.initial_std)
 
 
 @dataclass(frozen=True)

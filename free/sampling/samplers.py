@@ -81,8 +81,8 @@ def speculative_sample(
         conditioning: keywords of a callable model; tensors have one row a sample, the rest is passed through.
         num_samples: B; left out, it follows from labels, conditioning, latents, seeds or generators, else 1.
         shape: of one sample; left out, the model's own or that of ``latents``.
-        process: a :class:`free.ReverseProcess` or a diffusers DDPM or DDIM scheduler; left out, the pipeline's scheduler,
-            else the original DiT's ``ReverseProcess.ddpm(num_inference_steps)``.
+        process: a :class:`free.ReverseProcess` or a diffusers scheduler (see its ``from_scheduler``); left out, the
+            pipeline's scheduler, else the original DiT's ``ReverseProcess.ddpm(num_inference_steps)``.
         num_inference_steps: S, where ``process`` does not say.
         guidance_scale: classifier-free guidance, at least 1 (none).
         window: W, states of a sample evaluated in one round; 1 is the ancestral sampler. ``"auto"`` chooses, of 1 … 64, what

@@ -17,7 +17,7 @@ def table(steps: int = 20, clip: bool = False) -> StepTable:
 
 
 def on(device: torch.device, process: StepTable) -> StepTable:
-    return StepTable(*(column.to(device) for column in process[:-1]), process.clip_range)
+    return StepTable(*(column.to(device) for column in process.columns), process.clip_range)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

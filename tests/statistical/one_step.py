@@ -33,7 +33,7 @@ def one_step(form: str = "plain", impl: str = "reference", device: str = "cpu", 
     step = torch.randint(0, process.num_steps - 2, (ROWS,), generator=generator).to(device)
     seeds = torch.arange(ROWS, device=device) + seed * 2**40
     state, both = random(ROWS, DIM), torch.stack((step, step + 1), 1)
-    columns = {name: getattr(table, name)[both][..., None] for name in table._fields[:-1]}  # [B, 2, 1]
+    columns = {name: getattr(table, name)[both][..., None] for name in table._fields[:7]}  # [B, 2, 1]
 
     # a gap of 1.5, part of it along one axis in all rows (to see that axis's noise) and part of it the row's own
     gap = 1.5 * unit(random(ROWS, DIM) + torch.linspace(2.0, 0.0, DIM, device=device))

@@ -49,5 +49,5 @@ class Recorder:
 def small_table(num_steps: int = 6, clip_range: float | None = None, dtype: torch.dtype = torch.float64) -> StepTable:
     """A table of plausible numbers, none of them special; the last step has no noise."""
     process = ReverseProcess.ddpm(num_steps, clip_sample=clip_range is not None, clip_sample_range=clip_range or 1.0)
-    columns = [column.to(dtype) for column in process.table[:-1]]
+    columns = [column.to(dtype) for column in process.table.columns]
     return StepTable(*columns, clip_range)

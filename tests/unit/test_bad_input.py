@@ -47,7 +47,7 @@ def both(*cases: tuple[dict[str, Any], str]) -> Any:
     ({"num_inference_steps": True}, r"num_inference_steps is True; allowed is an int"),
     ({"process": DDIMScheduler(100), "num_inference_steps": 101}, r"num_inference_steps is 101; allowed is 1 … 100"),
     ({"process": ReverseProcess.ddpm(7)}, r"num_inference_steps is 12; process has 7 steps: leave it out"),
-    ({"process": "ddpm"}, r"scheduler is a str; allowed are DDPMScheduler and DDIMScheduler"),
+    ({"process": "ddpm"}, r"scheduler is a str; allowed are DDPMScheduler, DDIMScheduler, .*or a free.ReverseProcess"),
     ({"num_samples": 0}, r"num_samples is 0; allowed is an int, 1 or more"),
     ({"num_samples": -1}, r"num_samples is -1; allowed is an int, 1 or more"),
     ({"num_samples": 2.0}, r"num_samples is 2\.0; allowed is an int, 1 or more"),
@@ -470,7 +470,10 @@ def test_ddpm(given: dict[str, Any], message: str) -> None:
             DDPMScheduler(variance_type="learned_range"),
             r"variance_type='learned_range': .*'geometric' is the middle of a learned",
         ),
-        (FlowMatchEulerDiscreteScheduler(), r"scheduler is a FlowMatchEulerDiscreteScheduler; allowed are DDPM"),
+        (
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            r"mu is missing: the scheduler has use_dynamic_shifting",
+        ),
         (
             DDPMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
             r"x0_state_coef is inf at step 0: .*epsilon prediction at zero terminal SNR.*; use v_prediction|state_coef is",

@@ -528,7 +528,7 @@ def test_verify_in_float32_decides_as_in_float64() -> None:
     y_draft = y[:, :-1] + 0.3 * randn(batch, window - 1, D, seed=3)
     rest = (torch.arange(batch), torch.arange(batch) % 4, torch.full((batch,), window))
     double = verify(states, y, y_draft, *rest, table)
-    columns = [column.float() for column in table[:-1]]
+    columns = [column.float() for column in table.columns]
     single = verify(states.float(), y.float(), y_draft.float(), *rest, StepTable(*columns, table.clip_range))
     assert single.next_state.dtype == torch.float32
     assert torch.equal(single.advance, double.advance)

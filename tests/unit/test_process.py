@@ -442,12 +442,12 @@ def test_to_the_device_it_is_on_already_is_the_same_object() -> None:
 def test_to_another_device_and_back() -> None:
     process = ReverseProcess.ddpm(10, clip_sample=True, clip_sample_range=0.5)
     moved = process.to("cuda")
-    assert all(column.is_cuda for column in (moved.timestep, moved.exact_step, *moved.table[:-1]))
+    assert all(column.is_cuda for column in (moved.timestep, moved.exact_step, *moved.table.columns))
     back = moved.to("cpu")
     assert back.clip_range == 0.5
     assert torch.equal(back.timestep, process.timestep)
     assert torch.equal(back.exact_step, process.exact_step)
-    for before, after in zip(process.table[:-1], back.table[:-1], strict=True):
+    for before, after in zip(process.table.columns, back.table.columns, strict=True):
         assert torch.equal(before, after)
 
 
