@@ -15,6 +15,7 @@ Hence ONE_STEP = 1e5 rows of one step, and chains of n samples with n * (S - 1) 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -320,11 +321,11 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
         "shifted": lambda: ShiftedModel(model, process),
         "leaning": lambda: LeaningDrafter(model),
         "linear": lambda: random_linear(case),
-        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1),
-        "feature, untrained, two sweeps": lambda: feature_drafter(None, 2),
-        "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0),
-        "the paper's, untrained": lambda: feature_drafter(None, 0),
-        "feature, trained": lambda: trained_drafter(case.target, case.steps),
+        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1).to(device),
+        "feature, untrained, two sweeps": lambda: feature_drafter(None, 2).to(device),
+        "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0).to(device),
+        "the paper's, untrained": lambda: feature_drafter(None, 0).to(device),
+        "feature, trained": lambda: copy.deepcopy(trained_drafter(case.target, case.steps)).to(device),
         "fresh hold-x0": lambda: free.Fresh(free.HoldX0()),
     }.get(case.drafter)
     conditioning = {"center": center(case.samples).to(device)} if guided else {}
@@ -368,7 +369,8 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     mean = exact_mean(process, steps, trajectory[:, :-1], target_output)
     error = trajectory[:, 1:] - mean
 
-    draft_output, tested, accepted = _settled_drafts(recorder, process, case, base, device)
+    rounds = torch.from_numpy(output.stats.rounds).to(device)
+    draft_output, tested, accepted = _settled_drafts(recorder, process, case, base, rounds)
     std = process.std.to(device)[:last].double()[:, None]
     drafted_mean = exact_mean(process, steps[:, :last], trajectory[:, :last], draft_output)
     delta = torch.where(tested[..., None], (drafted_mean - mean[:, :last]) / std, 0.0)
@@ -378,20 +380,27 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
 
 
 def _settled_drafts(
-    recorder: Recorder, process: free.ReverseProcess, case: Case, base: int, device: str
+    recorder: Recorder, process: free.ReverseProcess, case: Case, base: int, rounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The draft output [n, S-1, D] that each step was tested with, whether it was tested, and whether it was accepted.
 
     A round settles the steps up to where the same sample's next round begins; it ended in a rejection iff it settled
-    fewer steps than its window had. All of this is known before the noise of the step is looked at.
+    fewer steps than its window had. All of this is known before the noise of the step is looked at. Only the first
+    ``rounds`` int64 [n] of a sample are rounds: on a device finished ones stay in the batch for a while.
     """
-    count, last = case.samples, process.num_steps - 1
+    count, last, device = case.samples, process.num_steps - 1, rounds.device
     draft_output = torch.zeros(count, last, DIM, dtype=torch.float64, device=device)
     tested = torch.zeros(count, last, dtype=torch.bool, device=device)
     accepted = torch.zeros_like(tested)
     following = torch.full((count,), last + 1, device=device)
+    number = torch.zeros(count, dtype=torch.int64, device=device)
+    for seed, _, _ in recorder.rounds:
+        number[seed - base] += 1
     for seed, start, drafted in reversed(recorder.rounds):
         row = seed - base
+        under_way = number[row] <= rounds[row]
+        number[row] -= 1
+        row, start, drafted = row[under_way], start[under_way], drafted[under_way]
         advance = following[row] - start
         following[row] = start
         length = (last - start + 1).clamp(max=min(case.window, last + 1))
