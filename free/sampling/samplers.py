@@ -99,8 +99,8 @@ def speculative_sample(
         impl: ``"auto"``, ``"triton"`` or ``"reference"``, of :mod:`free_kernels`.
         capture: replay each round as one CUDA graph: True, False, or ``"auto"``, which does so on CUDA where model and
             drafter are known to leave the host out (``capturable``: a DiT and the drafters of this package are; a plain
-            callable may do anything). Recording takes about three rounds for each batch size and window; a
-            :class:`free.Target` (``free.as_target(model)``) that is sampled again keeps its graphs.
+            callable may do anything). Recording takes about three rounds for each batch size and window; the graphs stay
+            with the model, and serve the next call of the same kind.
         compile: run the model under ``torch.compile(fullgraph=True)`` during this call, a DiT block by block, which compiles
             one block for all. Compiling takes seconds once a process, and again for a new kind of shape.
         progress: show a bar that counts steps.

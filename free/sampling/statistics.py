@@ -71,6 +71,17 @@ class Stopwatch:
             yield
             self._add(phase, time.perf_counter() - begin)
 
+    @contextmanager
+    def on_host(self, phase: str) -> Iterator[None]:
+        """Of what the host does while the device waits: it has finished all that was asked of it before and after."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        yield
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._add(phase, time.perf_counter() - begin)
+
     def finish(self) -> dict[str, float]:
         """Seconds by phase; waits for the device once."""
         if self._events:
@@ -118,7 +129,8 @@ class SamplingStatistics:
     divergence: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """float64 [B]: sum over each sample's tests of a bound on the Kullback-Leibler divergence from the exact step, nats."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three."""
+    """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three, and
+    in ``recording``, needed once for each batch size and window."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
     keys: frozenset[int] = frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,6 @@ class Target(ABC):
         self.max_forward_batch = max_forward_batch
         self.compiled = False
         """Whether it is run within :meth:`compile`."""
-        self.graphs: dict[Hashable, Any] = {}
-        """What :mod:`free.sampling.capture` recorded of it."""
         self._capturing_variance = False
         self.check_ready()
 

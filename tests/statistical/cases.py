@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -160,8 +161,8 @@ def make_relaxation(case: Case) -> free.Relaxation | None:
     return None if case.relaxation is None else free.Relaxation(case.relaxation[0], everywhere, case.relaxation[1])
 
 
-def make_drafter(case: Case, model: Any, process: free.ReverseProcess) -> Any:
-    """The case's drafter, or its name where the package knows it."""
+def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: str = "cpu") -> Any:
+    """The case's drafter on ``device``, or its name where the package knows it."""
     if case.drafter == "shifted" and case.guidance_scale != 1.0:
         # the bad model is guided as the target is; one standard deviation of the guided output stays one
         null = {"center": torch.zeros(DIM)}
@@ -174,11 +175,11 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess) -> Any:
         "uneven": lambda: UnevenDrafter(model),
         "over the cliff": lambda: CliffDrafter(model),
         "linear": lambda: random_linear(case),
-        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1),
-        "feature, untrained, two sweeps": lambda: feature_drafter(None, 2),
-        "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0),
-        "the paper's, untrained": lambda: feature_drafter(None, 0),
-        "feature, trained": lambda: trained_drafter(case.target, case.steps),
+        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1).to(device),
+        "feature, untrained, two sweeps": lambda: feature_drafter(None, 2).to(device),
+        "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0).to(device),
+        "the paper's, untrained": lambda: feature_drafter(None, 0).to(device),
+        "feature, trained": lambda: copy.deepcopy(trained_drafter(case.target, case.steps)).to(device),
         "fresh hold-x0": lambda: free.Fresh(free.HoldX0()),
     }
     return makers[case.drafter]() if case.drafter in makers else case.drafter

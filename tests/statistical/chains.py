@@ -78,7 +78,7 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     conditioning = {}
     if conditions is not None:
         conditioning["center"] = conditions[torch.arange(count) % len(conditions)].to(device)
-    recorder = Recorder(make_drafter(case, model, process))
+    recorder = Recorder(make_drafter(case, model, process, device))
     sampled = model if case.shape == (DIM,) else shaped(model, case.shape)
     if recorder.needs_features:
         sampled = FeaturedTarget(model)
@@ -117,7 +117,8 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     mean = exact_mean(process, steps, trajectory[:, :-1], target_output)
     error = trajectory[:, 1:] - mean
 
-    draft_output, tested, accepted = _settled_drafts(recorder, process, case, base, device)
+    rounds = torch.cat([torch.from_numpy(output.stats.rounds) for output in outputs]).to(device)
+    draft_output, tested, accepted = _settled_drafts(recorder, process, case, base, rounds)
     noisy = process.std.to(device) > 0
     std = process.std.to(device)[noisy].double()[:, None]
     drafted_mean = exact_mean(process, steps, trajectory[:, :-1], draft_output)
@@ -136,14 +137,15 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
 
 
 def _settled_drafts(
-    recorder: Recorder, process: free.ReverseProcess, case: Case, base: int, device: str
+    recorder: Recorder, process: free.ReverseProcess, case: Case, base: int, rounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The draft output [n, S, D] that each step was tested with, whether it was tested, and whether it was accepted.
 
     A round settles the steps up to where the same sample's next round begins; it ended in a rejection iff it settled
-    fewer steps than its window had. All of this is known before the noise of the step is looked at.
+    fewer steps than its window had. All of this is known before the noise of the step is looked at. Only the first
+    ``rounds`` int64 [n] of a sample are rounds: on a device finished ones stay in the batch for a while.
     """
-    count, steps = case.samples, process.num_steps
+    count, steps, device = case.samples, process.num_steps, rounds.device
     # a window ends at the first step without noise, the last one at the latest
     exact_steps = [k for k in range(steps) if process.std[k] == 0 or k == steps - 1]
     reach = torch.tensor([next(exact for exact in exact_steps if exact >= k) for k in range(steps)], device=device)
@@ -151,8 +153,14 @@ def _settled_drafts(
     tested = torch.zeros(count, steps, dtype=torch.bool, device=device)
     accepted = torch.zeros_like(tested)
     following = torch.full((count,), steps, device=device)
+    number = torch.zeros(count, dtype=torch.int64, device=device)
+    for seed, _, _ in recorder.rounds:
+        number[seed - base] += 1
     for seed, start, drafted in reversed(recorder.rounds):
         row = seed - base
+        under_way = number[row] <= rounds[row]
+        number[row] -= 1
+        row, start, drafted = row[under_way], start[under_way], drafted[under_way]
         advance = following[row] - start
         following[row] = start
         length = (reach[start] - start + 1).clamp(max=case.window)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from free.sampling.window import Setup
 from tests.statistical import laws
 from tests.statistical.cases import CASES, Case, uneven_variance
 from tests.statistical.chains import chain, innovations, run_chain
@@ -36,6 +39,17 @@ def test_the_kernels_one_step_is_exact(form: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_chain_is_exact(name: str) -> None:
     assert_law(chain(name, impl="triton", device="cuda"))
+
+
+def test_finished_samples_that_stay_in_a_batch_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, whose batches keep their shape: what is seen from outside is the same."""
+    case, of = Case("mixture", "hold-x0", 4, samples=300, seed=23), Setup.of
+    plain = run_chain(case)
+    monkeypatch.setattr(Setup, "of", lambda *arguments: dataclasses.replace(of(*arguments), static_shapes=True))
+    padded = run_chain(case)
+    assert padded.stats[0].target_evaluations > plain.stats[0].target_evaluations
+    for name in ("delta", "tested", "accepted", "redrafted"):
+        assert torch.equal(getattr(padded, name), getattr(plain, name)), name
 
 
 def test_statistics_report_what_happened_and_agree_with_eq_40() -> None:
