@@ -104,7 +104,7 @@ def _count_flops(
         target, Options(class_labels=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=0)
     )
     watched = _Watched(drafter)
-    with request.running(features=drafter.needs_features):
+    with request.running(watched, features=drafter.needs_features):
         for _ in itertools.islice(Run(Setup.of(request, watched, window, "auto")).turns(FixedWindow(window)), 2):
             pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)

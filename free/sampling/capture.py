@@ -193,6 +193,7 @@ def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
         tuple(weights(request.target)),
         impl,
         request.target.compiled,
+        request.target.runs,
     )
 
 

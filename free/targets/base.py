@@ -60,6 +60,8 @@ class Target(ABC):
         """Whether it is run within :meth:`compile`."""
         self.graphs: dict[Hashable, Any] = {}
         """What :mod:`free.sampling.capture` recorded of it."""
+        self.runs = 0
+        """How many runs of it are under way: more than one where a callback samples the model that calls it."""
         self._capturing_variance = False
         self.check_ready()
 
@@ -155,6 +157,15 @@ class Target(ABC):
         return max(1, self.max_forward_batch // (2 if guided else 1))
 
     @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within this context :attr:`runs` counts one more: each has graphs of its own."""
+        self.runs += 1
+        try:
+            yield
+        finally:
+            self.runs -= 1
+
+    @contextmanager
     def capture_features(self) -> Iterator[None]:
         """Within this context :meth:`evaluate` also returns the top-block feature.
 
@@ -199,13 +210,11 @@ class Target(ABC):
             # several windows and models: more kinds of shapes than the usual limit allows
             during.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
             for module in self._compiled_parts() if self.model is self.module else ():
+                during.callback(_put_back_forward, module, vars(module).get("forward"))
                 module.forward = torch.compile(module.forward, fullgraph=True, **options)
-                during.callback(module.__dict__.pop, "forward")
+            during.callback(setattr, self, "compiled", self.compiled)
             self.compiled = True
-            try:
-                yield
-            finally:
-                self.compiled = False
+            yield
 
     def _compiled_parts(self) -> Sequence[torch.nn.Module]:
         """Modules whose forwards are compiled, each on its own: repeated ones share the code."""
@@ -228,11 +237,11 @@ class Target(ABC):
             ValueError: the model predicts none.
         """
         self.check_learned_variance()
-        self._capturing_variance = True
+        before, self._capturing_variance = self._capturing_variance, True
         try:
             yield
         finally:
-            self._capturing_variance = False
+            self._capturing_variance = before
 
 
 def has_rows(value: Any) -> bool:
@@ -261,6 +270,14 @@ def check_output(output: Any, states: torch.Tensor) -> torch.Tensor:
     if not output.is_floating_point():
         raise ValueError(f"model returned dtype {output.dtype}; allowed is a floating dtype")
     return output
+
+
+def _put_back_forward(module: torch.nn.Module, before: Any) -> None:
+    """A forward of the instance's own, as hooks and another compilation give it, or the class's."""
+    if before is None:
+        vars(module).pop("forward", None)
+    else:
+        module.forward = before
 
 
 def _stateful_hook(module: torch.nn.Module) -> str | None:
