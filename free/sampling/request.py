@@ -51,9 +51,7 @@ class Request:
         return self.guidance_scale != 1.0
 
     @contextmanager
-    def running(
-        self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False
-    ) -> Iterator[None]:
+    def running(self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False) -> Iterator[None]:
         """Within this context the target may be evaluated, on its own device, with features and compiled if asked for.
 
         Other threads that want to run the same model, or a model or drafter that ``drafter`` holds, wait until it ends.

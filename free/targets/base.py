@@ -120,12 +120,15 @@ class Target(ABC):
     def forward(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
-        """One forward of the model; arguments as in :meth:`evaluate`."""
+        """One forward of the model; arguments as in :meth:`evaluate`, but copies, and what is returned is copied."""
 
     def evaluate(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
         """Evaluate N states in one forward (in as many as ``max_forward_batch`` asks for).
+
+        The model may write into the tensors that it is given, and use the memory of its outputs again: it works on copies,
+        and so does the caller. What of the conditioning is no tensor is handed to it as it is.
 
         Args:
             states: float32 [N, *sample shape].
@@ -138,16 +141,27 @@ class Target(ABC):
         """
         limit = self.forward_batch(guided)
         if limit is None or limit >= len(states):
-            return self.forward(states, timestep, conditioning, guided)
+            return self._forward_of_copies(states, timestep, conditioning, guided)
         rows = torch.arange(len(states), device=states.device)
         parts = [
-            self.forward(states[part], timestep[part], take_rows(conditioning, part), guided) for part in rows.split(limit)
+            self._forward_of_copies(states[part], timestep[part], take_rows(conditioning, part), guided)
+            for part in rows.split(limit)
         ]
         return TargetOutput(
             torch.cat([part.output for part in parts]),
             _cat_or_none([part.unconditional for part in parts]),
             _cat_or_none([part.feature for part in parts]),
             _cat_or_none([part.variance_share for part in parts]),
+        )
+
+    def _forward_of_copies(
+        self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> TargetOutput:
+        # next to a forward a copy is nothing, where a state changed behind the sampler's back is another law
+        conditioning = {name: _copy(value) for name, value in conditioning.items()}
+        output = self.forward(_copy(states), _copy(timestep), conditioning, guided)
+        return TargetOutput(
+            _copy(output.output), _copy(output.unconditional), _copy(output.feature), _copy(output.variance_share)
         )
 
     def forward_batch(self, guided: bool) -> int | None:
@@ -252,6 +266,11 @@ def has_rows(value: Any) -> bool:
 def take_rows(conditioning: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """The conditioning of the given rows (int64 [N]); what has no rows is kept."""
     return {name: value[rows] if has_rows(value) else value for name, value in conditioning.items()}
+
+
+def _copy(value: Any) -> Any:
+    """In memory of its own, if it is a tensor."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _cat_or_none(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -103,8 +103,8 @@ class DiTTarget(Target):
         if self._capturing:
             if len(self._captured) != 1:
                 raise RuntimeError(
-                    f"the model's top block ran {len(self._captured)} times within one forward: somebody else calls the model "
-                    "while it is sampled from; wait for the sampler, or give it a copy of the model"
+                    f"the model's top block ran {len(self._captured)} times within one forward: somebody else calls the "
+                    "model while it is sampled from; wait for the sampler, or give it a copy of the model"
                 )
             feature = self._captured[0][:rows]
         share = None
