@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from free.drafters import Drafter
 from free.processes import ReverseProcess
+from free.sampling.sharing import COMPILER, exclusively, shared_by
 from free.targets import Target, as_target
 from free.targets.base import has_rows
 from free_kernels import LATENT_STREAM, normal
@@ -68,9 +70,14 @@ class Request:
         return replace(self, seed=torch.tensor(_signed(keys), dtype=torch.int64, device=self.seed.device))
 
     @contextmanager
-    def running(self, *, features: bool = False, compile: bool = False) -> Iterator[None]:
-        """Within this context the target may be evaluated, on its own device, with features and compiled if asked for."""
+    def running(self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False) -> Iterator[None]:
+        """Within this context the target may be evaluated, on its own device, with features and compiled if asked for.
+
+        Other threads that want to run the same model, or a model or drafter that ``drafter`` holds, wait until it ends.
+        """
         with ExitStack() as during:
+            during.enter_context(exclusively(*shared_by(self.target, drafter), *([COMPILER] if compile else ())))
+            during.enter_context(self.target.in_use())
             during.enter_context(on_device(self.seed))
             if features:
                 during.enter_context(self.target.capture_features())

@@ -138,7 +138,7 @@ def speculative_sample(
     begin = time.perf_counter()
     bar = tqdm(total=request.batch * request.process.num_steps, disable=not progress, unit="step")
     relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
-    with bar, request.running(features=drafter.needs_features, compile=compile), relaxed:
+    with bar, request.running(drafter, features=drafter.needs_features, compile=compile), relaxed:
         run = Run(setup, Graphs.of(setup) if captured else None)
         schedule = schedule or auto_window(setup, run.graphs)
         result = _Result(request, run.state, model, callback_on_step_end, return_trajectory)

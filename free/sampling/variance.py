@@ -73,7 +73,7 @@ def average_learned_variance(
 
     chain, watch = Chain.begin(request), Stopwatch(request.seed.device)
     log_variance = torch.zeros(process.num_steps, dtype=torch.float64, device=request.seed.device)
-    with target.capture_variance():
+    with request.running(), target.capture_variance():
         for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
             step = chain.step
             chain, output = step_on(chain, request, None, impl, watch)

@@ -107,9 +107,10 @@ def calibrate(
 def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _Sums:
     """The sums over one run of the trajectories, drafted by hold-x0."""
     sums = _Sums(request, bands)
-    for turn in Run(Setup.of(request, HoldX0(), window, impl)).turns(FixedWindow(window)):
-        sums.add(turn)
-        bar.update(int(turn.known.step.sum()) - bar.n)
+    with request.running():
+        for turn in Run(Setup.of(request, HoldX0(), window, impl)).turns(FixedWindow(window)):
+            sums.add(turn)
+            bar.update(int(turn.known.step.sum()) - bar.n)
     return sums
 
 
