@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import free
+from benchmarks import policy_networks
 from benchmarks.rows import write_row
 from free.data.digits import NUM_CLASSES
 from free.demo import load_digits_dit
@@ -76,3 +77,49 @@ def test_seconds_of_a_sample_on_digits(benchmark: pytest.FixtureRequest, window:
                           "batch": 1, "guidance_scale": 1.5, "runs": RUNS, "ancestral_seconds_median": ancestral,
                           "seconds_median": speculative, "speedup": ancestral / speculative})  # fmt: skip
     print(f"\nW={window}: {speculative:.3f} s, ancestral {ancestral:.3f} s, {ancestral / speculative:.2f}x")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("model", ["1-D U-Net policy", "transformer policy", "digits"])
+def test_automatic_windows_are_never_slower(benchmark: pytest.FixtureRequest, model: str, batch: int) -> None:
+    """Seconds of ``window="auto"``, of W = 16 and of the ancestral sampler, in turn, from the second call on."""
+    torch.manual_seed(0)
+    labels = {"class_labels": [i % NUM_CLASSES for i in range(batch)], "guidance_scale": 1.5, "num_inference_steps": 100}
+    observed = {"conditioning": {"observation": torch.randn(batch, policy_networks.OBSERVATION)}}
+    of_policies = {
+        **observed,
+        "shape": (policy_networks.HORIZON, policy_networks.ACTIONS),
+        "process": policy_networks.process(),
+    }
+    network, common = {
+        "1-D U-Net policy": lambda: (policy_networks.UNetPolicy().eval(), of_policies),
+        "transformer policy": lambda: (policy_networks.TransformerPolicy().eval(), of_policies),
+        "digits": lambda: (load_digits_dit(), labels),
+    }[model]()
+    target = free.as_target(network)
+    samplers = {
+        "ancestral": lambda **given: free.ancestral_sample(target, **given),
+        "auto": lambda **given: free.speculative_sample(target, window="auto", **given),
+        "16": lambda **given: free.speculative_sample(target, window=16, **given),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    rounds: dict[str, list[float]] = {name: [] for name in samplers}
+    seeds = iter(range(10**6))
+
+    def run() -> None:
+        given = {**common, "seed": [1000 * next(seeds) + i for i in range(batch)]}
+        for name, draw in samplers.items():
+            stats = draw(**given).stats
+            seconds[name].append(stats.total_seconds)
+            rounds[name].append(float(stats.rounds.mean()))
+
+    run()  # warms up, and measures what the automatic window chooses from
+    for values in (*seconds.values(), *rounds.values()):
+        values.clear()
+    benchmark.pedantic(run, rounds=RUNS)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    write_row("sampler", {"benchmark": "automatic windows", "model": model, "steps": 100, "batch": batch, "runs": RUNS,
+                          "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                          "seconds_median": medians, "rounds_median": {n: statistics.median(v) for n, v in rounds.items()},
+                          "speedup": medians["ancestral"] / medians["auto"]})  # fmt: skip
+    print(f"\n{model}, batch {batch}: " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in medians.items()))

@@ -77,6 +77,30 @@ class GaussianTarget:
         return mean, covariance
 
 
+class VelocityTarget(GaussianTarget):
+    """The same data, and a network that predicts v = (epsilon - sigma x) / alpha."""
+
+    def linear(self, timestep: int, center: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        gain, offset = super().linear(timestep, center)
+        signal = signal_level(torch.tensor(timestep))
+        identity = torch.eye(len(self.mean), dtype=torch.float64)
+        return (gain - (1 - signal).sqrt() * identity) / signal.sqrt(), offset / signal.sqrt()
+
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
+        signal = signal_level(timestep)[:, None]
+        epsilon = super().__call__(x, timestep, center)
+        return (epsilon - (1 - signal).sqrt().to(x) * x) / signal.sqrt().to(x)
+
+
+class CliffTarget(GaussianTarget):
+    """The same data, and a network that overflows where no chain of its own goes: beyond ``cliff`` on the first axis."""
+
+    cliff = 9.0
+
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.where(x[:, :1] > self.cliff, torch.inf, super().__call__(x, timestep, center))
+
+
 class MixtureTarget:
     """The exact epsilon network of a mixture of axis-aligned Gaussians."""
 

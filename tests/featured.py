@@ -50,7 +50,8 @@ class FeaturedTarget(free.CallableTarget):
         self._capturing = False
 
     def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
-        return self.embedding.expand(len(conditioning["class_labels"]), WIDTH)
+        labels = conditioning["class_labels"]
+        return self.embedding.to(labels.device).expand(len(labels), WIDTH)
 
 
 def feature_drafter(base: str | None, sweeps: int, seed: int = 0) -> free.FeatureDrafter:

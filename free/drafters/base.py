@@ -136,7 +136,7 @@ class Drafter(ABC):
         """Draft ``situation.window - 1`` steps.
 
         The draft for step k may depend on the state at step k, and on evaluations of the target at steps <= k, but on no
-        noise of step k or later.
+        noise of step k or later. The situation is the sampler's own: it is read, and nothing of it is written into.
         """
 
 
@@ -161,12 +161,15 @@ class StepDrafter(Drafter):
 
 
 def walk(situation: Situation, draft: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Proposal:
-    """Draft one step after the other; ``draft`` takes the state [B, D] and its step [B], and gives the output [B, D]."""
+    """Draft one step after the other; ``draft`` takes the state [B, D] and its step [B], and gives the output [B, D].
+
+    A network of the caller's may write into what it is given, and use the memory of its output again: both are copied.
+    """
     states, outputs = [situation.state], []
     last_step = situation.process.num_steps - 1
     for j in range(situation.window - 1):
         step = (situation.step + j).clamp(max=last_step)
-        outputs.append(draft(states[-1], step).float())
+        outputs.append(draft(states[-1].clone(), step.clone()).to(torch.float32, copy=True))
         noise = None if situation.noise is None else situation.noise[:, j]
         states.append(
             posterior(

@@ -225,14 +225,15 @@ class LinearDrafter(StepDrafter):
             process.x0_state_coef,
             process.x0_model_coef.reciprocal(),
         )
-        self._prepared = _Prepared(
+        # returned as it was made: another thread may put that of its own process in its place
+        self._prepared = prepared = _Prepared(
             process,
             Bands(self.sample_shape, self.num_bands).to(device),
             self.weight.to(device),
             torch.tensor(self.gap_edges, dtype=torch.int64, device=device),
             torch.stack(columns, -1),
         )
-        return self._prepared
+        return prepared
 
     def _check_shape(self, sample_shape: tuple[int, ...]) -> None:
         if tuple(sample_shape) != self.sample_shape:

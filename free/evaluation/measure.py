@@ -12,6 +12,7 @@ import torch
 from free.drafters import Drafter, Fresh, Situation
 from free.evaluation.configuration import Configuration
 from free.evaluation.quality import Judge
+from free.sampling.confidence import total_variation_limit
 from free.sampling.loop import Run
 from free.sampling.request import Options, check_request
 from free.sampling.samplers import speculative_sample
@@ -64,12 +65,16 @@ def measure(
     delta = np.sum([stats.delta_sum for stats in runs], axis=0)
     tests = int(tested.sum())
     excess = np.concatenate([stats.excess_acceptance for stats in runs])
-    bound, bound_error = total_variation(excess, np.concatenate([stats.divergence for stats in runs]))
+    divergence = np.concatenate([stats.divergence for stats in runs])
+    saved = np.concatenate([stats.saved_rejections for stats in runs])
+    bound, bound_error = total_variation(excess, divergence)
     return {
         **({} if judge is None else asdict(judge(torch.cat(drawn)))),
         "total_variation_bound": bound,
         "total_variation_error": bound_error if samples > 1 else None,
+        "total_variation_limit": total_variation_limit(excess, divergence, saved, runs[0].budget),
         "excess_acceptance": float(excess.mean()),
+        "saved_rejections": float(saved.mean()),
         "parallel_efficiency": float(efficiency.mean()),
         "standard_error": standard_error(efficiency) if len(efficiency) > 1 else None,
         "rounds": float(np.concatenate([stats.rounds for stats in runs]).mean()),
@@ -104,7 +109,7 @@ def _count_flops(
         target, Options(class_labels=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=0)
     )
     watched = _Watched(drafter)
-    with request.running(features=drafter.needs_features):
+    with request.running(watched, features=drafter.needs_features):
         for _ in itertools.islice(Run(Setup.of(request, watched, window, "auto")).turns(FixedWindow(window)), 2):
             pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)

@@ -21,8 +21,8 @@ class Account:
         """
         self.by_step = torch.zeros(num_steps, 3, dtype=torch.float64, device=seed.device)
         """float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests."""
-        self.spent = torch.zeros(len(seed), 2, dtype=torch.float64, device=seed.device)
-        """float64 [B, 2]: each sample's excess acceptance and divergence."""
+        self.spent = torch.zeros(len(seed), 3, dtype=torch.float64, device=seed.device)
+        """float64 [B, 3]: each sample's excess acceptance, divergence and saved rejections."""
         self.reset()
 
     def reset(self) -> None:
@@ -58,7 +58,8 @@ class Account:
         stats.rounds = self.progress[1].cpu().numpy()
         tested, accepted, stats.delta_sum = self.by_step.cpu().numpy().T
         stats.tested, stats.accepted = tested.astype(np.int64), accepted.astype(np.int64)
-        stats.excess_acceptance, stats.divergence = self.spent.cpu().numpy().T
+        stats.excess_acceptance, stats.divergence, saved = self.spent.cpu().numpy().T
+        stats.saved_rejections = saved.astype(np.int64)
 
     def add_step(self, step: torch.Tensor, state: torch.Tensor) -> None:
         """Enter that the ancestral sampler brought all samples to ``step`` [B] and ``state`` [B, D]."""

@@ -2,31 +2,41 @@
 
 A graph reads and writes memory of its own. All graphs of a batch size share one set of buffers,
 :class:`free.sampling.window.Live`, which a round moves on in place; what is not a tensor (the guidance scale, the shapes) is
-baked in. Noise is made from seed and step, so that no random state has to follow. The graphs stay with the target: who
-samples again with the same :class:`free.Target` finds them there.
+baked in. Noise is made from seed and step, so that no random state has to follow.
+
+What was recorded stays with the model, weakly: who asks the same of the same model again finds it there, and it goes with
+the model. It refers to no model, target or drafter, only to the tensors that the graphs read. Whoever uses it has it alone.
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Generic, TypeVar
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from free.drafters import Drafter
 from free.sampling.account import Account
 from free.sampling.ancestral import Chain, step_on
+from free.sampling.likeness import alike, tensors_of, weights, who_is
+from free.sampling.memory import memory_of
 from free.sampling.relaxation import Relaxation
 from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.tensors import assign
 from free.sampling.window import Live, Round, Setup, advance
 from free.targets import Target
+from free.targets.base import has_rows
 
 T = TypeVar("T")
 
 _KEPT = 4
-"""Configurations whose graphs, and the memory that they hold, stay with a target."""
+"""Configurations whose graphs, and the memory that they hold, stay with a model."""
 
 
 def wants_capture(
@@ -60,19 +70,19 @@ class Recording(Generic[T]):
 
     Args:
         function: works in place on tensors that stay where they are, and must not read from the device. It is called twice
-            outside the graph, to compile and load what that takes.
+            outside the graph, to compile and load what that takes, and not kept.
         pool: of the graphs' memory.
     """
 
     def __init__(self, function: Callable[[], T], pool: Any) -> None:
-        side = torch.cuda.Stream()
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 function()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with _nothing_collected(), torch.cuda.graph(self._graph, pool=pool):
             self._result = function()
 
     def __call__(self) -> T:
@@ -80,26 +90,62 @@ class Recording(Generic[T]):
         return self._result
 
 
+@cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """One for all recordings on a device: a stream of each one's own would keep memory of its own."""
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage is collected before and not within: a graph that goes while another is recorded breaks the recording."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Rounds:
+    """What stays of the captured rounds of one kind, whoever asks for them."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.account = Account(setup.request.process.num_steps, setup.request.seed)
+        self.buffers: dict[int, Live] = {}
+        """By batch size; of the conditioning the rows alone."""
+        self.recordings: dict[tuple[int, int], Recording[Round]] = {}
+        """By batch size and window."""
+        self.pool = torch.cuda.graph_pool_handle()
+        self.held: dict[Hashable, torch.Tensor] = {}
+        """What the graphs read: it must live, though others may put something else in its place."""
+
+
 class Graphs:
     """The captured rounds of one setup, by batch size and window.
 
     Args:
-        setup: kept, with the process, the weights and the drafter that the graphs read.
+        setup: of the rounds.
+        kept: what was recorded of them before; nobody else uses it.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        self.account = Account(setup.request.process.num_steps, setup.request.seed)
-        self._buffers: dict[int, Live] = {}
-        self._rounds: dict[tuple[int, int], Recording[Round]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._held: list[Any] = []
+    def __init__(self, setup: Setup, kept: _Rounds) -> None:
+        self.setup, self._kept = setup, kept
+        self.account = kept.account
 
     @classmethod
     def of(cls, setup: Setup) -> Graphs:
-        """Those that the target kept of an earlier call of the same setup, their account empty again; else new ones."""
-        graphs = kept(setup.request.target, _key(setup), lambda: cls(setup))
-        graphs.account.reset()
+        """Those of an earlier call of the same kind, with an empty account, unless somebody uses them; else new ones.
+
+        They are given back when what is returned is gone.
+        """
+        target, key = setup.request.target, _key(setup)
+        kept = _taken(target, key) or _Rounds(setup)
+        kept.account.reset()
+        graphs = cls(setup, kept)
+        _given_back(graphs, target, key, kept)
         return graphs
 
     def advance(self, live: Live, window: int, watch: Stopwatch) -> tuple[Live, Round]:
@@ -107,118 +153,169 @@ class Graphs:
 
         What is returned lasts until the next round, and the situation's state and last window have moved on already.
         """
-        batch = len(live.index)
-        buffers = self._buffers.get(batch)
+        batch, kept = len(live.index), self._kept
+        buffers = kept.buffers.get(batch)
         if buffers is None:
-            buffers = self._buffers[batch] = live.clone()
-        if (batch, window) not in self._rounds:
-            self._rounds[batch, window] = self._record(buffers, window)
-        if live is not buffers:
+            buffers = kept.buffers[batch] = replace(live, conditioning=_rows_of(live.conditioning)).clone()
+        elif live is not buffers:
             assign(buffers, live)
+        if (batch, window) not in kept.recordings:
+            with watch.on_host("recording"):
+                kept.recordings[batch, window] = self._record(buffers, window)
         with watch("round"):
-            return buffers, self._rounds[batch, window]()
+            done = kept.recordings[batch, window]()
+        return buffers, replace(done, situation=replace(done.situation, target=self.setup.request.target))
 
     def _record(self, buffers: Live, window: int) -> Recording[Round]:
+        setup, request, account = self.setup, self.setup.request, self.account
         silent = Stopwatch(torch.device("cpu"))
 
         def one_round() -> Round:
-            moved, done = advance(buffers, self.setup, window, silent)
-            self.account.add(moved, done)
+            live = replace(buffers, conditioning={**request.conditioning, **buffers.conditioning})
+            moved, done = advance(live, setup, window, silent)
+            account.add(moved, done)
             assign(buffers, moved)
-            return done
+            # what is kept must not keep the model
+            situation = replace(done.situation, target=cast(Target, None), conditioning=buffers.conditioning)
+            return replace(done, situation=situation)
 
         # the calls that warm up are of finished samples, which leaves all but the last window as it is
         before = buffers.clone()
-        buffers.step.fill_(self.setup.request.process.num_steps)
-        recording = Recording(one_round, self._pool)
-        # what the drafter prepared is read by the graph: it must live, though the drafter may put other things in its place
-        self._held.append(dict(vars(self.setup.drafter)))
+        buffers.step.fill_(request.process.num_steps)
+        recording = Recording(one_round, self._kept.pool)
+        self._kept.held |= _read_by_graphs(request, setup.drafter, setup.reach)
         assign(buffers, before)
         return recording
 
 
-class AncestralGraph:
-    """One captured step of the ancestral sampler, for all its steps."""
+class _Steps:
+    """What stays of the captured steps of one kind."""
 
-    def __init__(self, request: Request, impl: str) -> None:
+    def __init__(self, request: Request) -> None:
         self.account = Account(request.process.num_steps, request.seed)
-        chain = Chain.begin(request).clone()
-        silent = Stopwatch(torch.device("cpu"))
+        chain = Chain.begin(request)
+        self.chain = replace(chain, conditioning=_rows_of(chain.conditioning)).clone()
+        self.recording: Recording[None] | None = None
+        self.held: dict[Hashable, torch.Tensor] = {}
 
-        def one_step() -> Chain:
-            moved, _ = step_on(chain, request, None, impl, silent)
-            self.account.add_step(moved.step, moved.state)
-            assign(chain, moved)
-            return chain
 
-        self._step = Recording(one_step, torch.cuda.graph_pool_handle())
-        self._chain = chain
+class AncestralGraph:
+    """One captured step of the ancestral sampler, for all its steps.
+
+    Args:
+        request: whose steps they are.
+        impl: of the operations.
+        kept: what was recorded before; nobody else uses it.
+    """
+
+    def __init__(self, request: Request, impl: str, kept: _Steps) -> None:
+        self._request, self._impl, self._kept = request, impl, kept
+        self.account = kept.account
 
     @classmethod
     def of(cls, request: Request, impl: str) -> AncestralGraph:
         """As :meth:`Graphs.of`."""
-        graph = kept(request.target, ("step", *baked(request, impl)), lambda: cls(request, impl))
-        graph.account.reset()
+        key = (weights(request.target.module), "step", baked(request, impl))
+        kept = _taken(request.target, key) or _Steps(request)
+        kept.account.reset()
+        graph = cls(request, impl, kept)
+        _given_back(graph, request.target, key, kept)
         return graph
 
     def advance(self, chain: Chain, watch: Stopwatch) -> Chain:
         """As :func:`step_on`, entered in :attr:`account`. What is returned lasts until the next step."""
-        if chain is not self._chain:
-            assign(self._chain, chain)
+        kept = self._kept
+        if kept.recording is None:
+            with watch.on_host("recording"):
+                kept.recording = self._record()
+            kept.account.reset()
+        if chain is not kept.chain:
+            assign(kept.chain, chain)
         with watch("round"):
-            return self._step()
+            kept.recording()
+        return kept.chain
+
+    def _record(self) -> Recording[None]:
+        request, impl, chain, account = self._request, self._impl, self._kept.chain, self.account
+        silent = Stopwatch(torch.device("cpu"))
+
+        def one_step() -> None:
+            whole = replace(chain, conditioning={**request.conditioning, **chain.conditioning})
+            moved, _ = step_on(whole, request, None, impl, silent)
+            account.add_step(moved.step, moved.state)
+            assign(chain, moved)
+
+        recording = Recording(one_step, torch.cuda.graph_pool_handle())
+        self._kept.held |= _read_by_graphs(request)
+        return recording
 
 
-def kept(target: Target, key: Hashable, make: Callable[[], T]) -> T:
-    """What the target keeps under ``key``, made if it is not there; the least recently used of many is dropped."""
-    found = target.graphs.pop(key, None) or make()
-    target.graphs[key] = found
-    while len(target.graphs) > _KEPT:
-        del target.graphs[next(iter(target.graphs))]
-    return found
+def _taken(target: Target, key: tuple[Hashable, ...]) -> Any:
+    """What is kept of the target's model under ``key``, and from here on no longer; None if it is not there."""
+    shelf = _shelf(target)
+    # where the weights have moved, what was recorded of them serves nobody
+    for other in [other for other in shelf if other[0] != key[0]]:
+        del shelf[other]
+    return shelf.pop(key, None)
+
+
+def _given_back(user: Any, target: Target, key: tuple[Hashable, ...], kept: Any) -> None:
+    """See to it that ``kept`` is there again when ``user`` is gone."""
+    weakref.finalize(user, _put_back, _shelf(target), key, kept).atexit = False
+
+
+def _put_back(shelf: dict[tuple[Hashable, ...], Any], key: tuple[Hashable, ...], kept: Any) -> None:
+    """The least recently used of many is dropped."""
+    shelf.pop(key, None)
+    shelf[key] = kept
+    while len(shelf) > _KEPT:
+        del shelf[next(iter(shelf))]
+
+
+def _shelf(target: Target) -> dict[tuple[Hashable, ...], Any]:
+    return memory_of(target).setdefault("graphs", {})
+
+
+def _rows_of(conditioning: dict[str, Any]) -> dict[str, Any]:
+    """What differs from sample to sample; the rest may know the model, and stays with the caller."""
+    return {name: value for name, value in conditioning.items() if has_rows(value)}
+
+
+def _read_by_graphs(request: Request, *others: Any) -> dict[Hashable, torch.Tensor]:
+    rest = [value for value in request.conditioning.values() if not has_rows(value)]
+    return tensors_of(request.process, request.target, rest, *others)
 
 
 def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
-    """All of a request that a graph cannot be told anew."""
+    """All of a request that a graph cannot be told anew, but for the model's weights."""
     conditioning = tuple(
-        (name, value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) and value.dim() else (name, id(value))
+        (name, value.shape[1:], value.dtype) if has_rows(value) else (name, alike(value))
         for name, value in request.conditioning.items()
     )
     return (
+        request.seed.device,
         request.batch,
         request.sample_shape,
         request.guidance_scale,
         request.process.fingerprint(),
         conditioning,
-        tuple(weights(request.target)),
+        who_is(request.target),
         impl,
-        request.target.compiled,
     )
 
 
-def weights(*holders: Any) -> Iterator[tuple[int, torch.dtype]]:
-    """Where the parameters are of whatever modules and targets ``holders`` are or hold: a graph reads them there."""
-    for holder in holders:
-        module = holder.module if isinstance(holder, Target) else holder
-        if isinstance(module, torch.nn.Module):
-            for parameter in module.parameters():
-                yield parameter.data_ptr(), parameter.dtype
-
-
 def drafter_key(drafter: Drafter) -> Hashable:
-    """Equal for drafters that are alike, by class, name and weights."""
-    return type(drafter), drafter.name, tuple(weights(*vars(drafter).values()))
+    """Equal for drafters that are alike: :func:`free.sampling.likeness.alike`."""
+    return alike(drafter)
 
 
-def _key(setup: Setup) -> Hashable:
-    drafter = setup.drafter
+def _key(setup: Setup) -> tuple[Hashable, ...]:
     return (
+        weights(setup.request.target.module),
         "rounds",
-        # one that holds anything is only like itself
-        id(drafter) if vars(drafter) else None,
-        drafter_key(drafter),
+        drafter_key(setup.drafter),
         setup.widest,
         setup.reach.cpu().numpy().tobytes(),
         setup.relaxation,
-        *baked(setup.request, setup.impl),
+        baked(setup.request, setup.impl),
     )

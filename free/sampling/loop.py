@@ -48,6 +48,7 @@ class Run:
         """float32 [B, D]: the initial states, into which the samples are written as they are finished."""
         self.account = graphs.account if graphs else Account(steps, request.seed)
         self.stats = SamplingStatistics(steps, setup.widest, setup.drafter.name, np.zeros(request.batch, np.int64))
+        self.stats.budget = setup.relaxation.spendable if setup.relaxation else 0.0
         self.watch = Stopwatch(request.seed.device)
 
     def turns(self, schedule: Schedule, lag: int = 0) -> Iterator[Turn]:

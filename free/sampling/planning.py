@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from free.sampling.loop import Run
 from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
-from free.windows import WINDOWS, AutoWindow, Experience, RoundSeconds, WindowPlan, by_window
+from free.windows import WINDOWS, AutoWindow, Experience, Measurements, RoundSeconds, Schedule, WindowPlan, by_window
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -48,8 +49,11 @@ def plan_window(
     """The window for each step that is expected to settle most steps a second, of this model on this device at this batch.
 
     Times rounds of 1, 2, 4 … 64 states a sample (once for each model, device, batch size, dtype and guidance), and takes
-    the acceptance by step from a run of the batch with ``window="auto"``, or from ``statistics``. Where a wide forward costs
-    what its states cost one by one, the plan is a window of 1: the ancestral sampler.
+    the acceptance by step from a pilot run of the batch with ``window="auto"``, or from ``statistics``. Where a wide forward
+    costs what its states cost one by one, the plan is a window of 1: the ancestral sampler.
+
+    A plan may not have seen the noise of the samples that it is used for. The pilot draws from keys of a root of their own,
+    so that its plan serves every seed, ``seed`` itself included; one made from ``statistics`` is refused for their samples.
 
     ``window="auto"`` plans as it goes, by what it measured here and now: the law of a sample is the same whatever it
     chooses, but the sample of a seed may differ from run to run. Given as ``window``, a plan chooses the same in each run.
@@ -64,7 +68,7 @@ def plan_window(
         NonFiniteOutputError: the model or the drafter returned NaN or infinity.
     """
     drafter = as_drafter(drafter)
-    request = check_request(model, Options.among(locals()))
+    request = check_request(model, Options.among(locals())).pilot()
     drafter.check(request.target)
     captured = wants_capture(capture, request, drafter)
     steps = request.process.num_steps
@@ -74,25 +78,35 @@ def plan_window(
     with request.running(features=drafter.needs_features, compile=compile):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
-            experience = Experience(statistics.tested.astype(float), statistics.accepted.astype(float))
-            return AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch).plan(request.batch)
-        schedule = auto_window(setup, graphs)
-        for _ in Run(setup, graphs).turns(schedule):
-            pass
+            tested, accepted = statistics.tested.astype(float), statistics.accepted.astype(float)
+            experience = Experience(tested, accepted, keys=set(statistics.keys))
+        else:
+            experience = Experience.none(steps)
+        schedule = AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch)
+        if statistics is None:
+            for _ in Run(setup, graphs).turns(schedule):
+                pass
     return schedule.plan(request.batch)
 
 
-def auto_window(setup: Setup, graphs: Graphs | None) -> AutoWindow:
-    """A schedule that knows what was measured and seen of this model before."""
+def auto_window(setup: Setup, graphs: Graphs | None) -> Schedule:
+    """A schedule that knows what was measured and seen of this model before, but nothing of these samples' noise.
+
+    A key that was met before meets none of that experience. And rows that share a key share noise: where one of them stands
+    may not choose the window of another, so they get a window that is the same in each round.
+    """
     request = setup.request
-    steps = request.process.num_steps
+    steps, keys = request.process.num_steps, request.keys
     key = ("experience", drafter_key(setup.drafter), request.guidance_scale, request.process.fingerprint(), setup.relaxation)
-    experience = _remember(request, key, lambda: Experience(np.zeros(steps), np.zeros(steps)))
-    return AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch)
+    experience = _remember(request, key, lambda: Experience.none(steps))
+    if not experience.admit(keys):
+        experience = Experience.none(steps)
+    schedule = AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch)
+    return schedule if len(set(keys)) == len(keys) else schedule.fixed(request.batch)
 
 
 def round_seconds(setup: Setup, graphs: Graphs | None = None) -> RoundSeconds:
-    """What a round takes by its number of states, drafting and verification included; measured once a model and setting.
+    """What a round takes by its number of states, drafting and verification included; remembered by model and setting.
 
     Wider windows are timed until they are no cheaper a state. ``graphs``, if given, are replayed, and their account is empty
     afterwards.
@@ -112,11 +126,12 @@ def round_seconds(setup: Setup, graphs: Graphs | None = None) -> RoundSeconds:
         graphs is not None,
         torch.get_num_threads(),
     )
-    return _remember(request, key, lambda: _measure(setup, graphs))
+    return _remember(request, key, Measurements).latest(lambda: _measure(setup, graphs))
 
 
 def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
-    request = setup.request
+    request = setup.request.pilot()
+    setup = replace(setup, request=request)
     live, watch = first_window(setup, request.initial_state()), Stopwatch(torch.device("cpu"))
     account = Account(request.process.num_steps, request.seed)
 
@@ -125,15 +140,13 @@ def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
         if graphs is not None:
             live, _ = graphs.advance(live, window, watch)  # it goes on in its own buffers
         else:
+            # each from the first step, lest wide windows be timed near the end, where they are short
             account.add(*advance(live, setup, window, watch))
 
     seconds = by_window(run, request.seed.device, setup.widest)
     if graphs is not None:
         graphs.account.reset()
-    states = request.batch * np.array(list(seconds), dtype=float)
-    # a wider window that took less shows what a narrower one takes at most
-    least = np.minimum.accumulate(np.array(list(seconds.values()))[::-1])[::-1]
-    return RoundSeconds(states, least)
+    return RoundSeconds(request.batch * np.array(list(seconds), dtype=float), np.array(list(seconds.values())))
 
 
 def _remember(request: Request, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -96,6 +96,13 @@ class Relaxation:
             raise ValueError(f"uncertainty is {self.uncertainty!r}; known are {known} or a callable")
 
     @property
+    def spendable(self) -> float:
+        """The most excess acceptance of a sample: 0 if exact, infinity without a budget."""
+        if not self.strength:
+            return 0.0
+        return math.inf if self.budget is None else self.budget
+
+    @property
     def capturable(self) -> bool:
         """Whether tau is made without asking the device: the values of a callable are checked."""
         return not callable(self.uncertainty)
@@ -141,14 +148,16 @@ class Ledger:
     """What relaxation has cost each of B live samples, and how their drafts have fared."""
 
     spent: torch.Tensor
-    """float64 [B, 2]: sums over the tests of :func:`excess_acceptance` and of :func:`divergence`."""
+    """float64 [B, 3]: sums over the tests of :func:`excess_acceptance` and of :func:`divergence`, and how many accepted what
+    an exact test of the same noise and uniform would have rejected."""
     rejection: torch.Tensor
     """float64 [B, 2]: sum over the tests of the probability that an exact test rejects, and their number, halved with every
     window."""
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> Ledger:
-        return cls(*torch.zeros(2, batch, 2, dtype=torch.float64, device=device))
+        spent, rejection = torch.zeros(batch, 5, dtype=torch.float64, device=device).split((3, 2), -1)
+        return cls(spent, rejection)
 
     def tau(
         self, relaxation: Relaxation, situation: Situation, proposal: Proposal, output: TargetOutput, length: torch.Tensor
@@ -198,12 +207,21 @@ class Ledger:
         would_spend = self.spent[:, :1] + excess_acceptance(squared_norm, tau).cumsum(-1)
         return torch.where(would_spend <= relaxation.budget, tau, 1.0)  # NaN compares false, so it is exact
 
-    def settle(self, tau: torch.Tensor, verification: Verification) -> Ledger:
-        """With a window's tests entered: those up to the first rejection, which are the ones that decided."""
+    def settle(self, tau: torch.Tensor, verification: Verification, uniforms: torch.Tensor) -> Ledger:
+        """With a window's tests entered: those up to the first rejection, which are the ones that decided.
+
+        Args:
+            tau: float32 [B, W-1].
+            verification: of the window.
+            uniforms: float32 [B, W-1], or more columns: what the tests were decided by.
+        """
         squared_norm = verification.squared_norm.double()
         column = torch.arange(squared_norm.shape[1], device=squared_norm.device)
         tested = column < (verification.advance - 1 + verification.rejected)[:, None]  # [B, W-1]
-        cost = torch.stack((excess_acceptance(squared_norm, tau), divergence(squared_norm, tau)), -1)
+        accepted = column < (verification.advance - 1)[:, None]
+        would_reject = ~(uniforms[:, : len(column)].log() <= verification.log_ratio)
+        saved = (accepted & would_reject & (tau < 1)).double()
+        cost = torch.stack((excess_acceptance(squared_norm, tau), divergence(squared_norm, tau), saved), -1)
         rejects = torch.special.erf((squared_norm / 8).sqrt())
         fared = torch.stack((rejects, torch.ones_like(rejects)), -1)
         spent, rejection = (torch.where(tested[..., None], values, 0.0).sum(1) for values in (cost, fared))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from free.drafters import Drafter
 from free.processes import ReverseProcess
+from free.sampling.sharing import COMPILER, exclusively, shared_by
 from free.targets import Target, as_target
 from free.targets.base import has_rows
 from free_kernels import LATENT_STREAM, normal
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Callback = Callable[[Any, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], Any]
 
 DEFAULT_STEPS = 250
+# two words, where a sample's derived key has one: no batch is so large that its keys could be these
+_PILOTS = (0x70696C6F, 1)
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,10 +52,32 @@ class Request:
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
 
+    @property
+    def keys(self) -> list[int]:
+        """The keys on the host; waits for the device."""
+        return self.seed.tolist()
+
+    def pilot(self) -> Request:
+        """The same request under keys of a root of their own: for all that is measured so that a choice may follow from it.
+
+        No choice may have seen a noise of the key that it is made for. Each row has another key, also where two rows of
+        the request share one.
+        """
+        keys = [
+            int(np.random.SeedSequence((key % 2**64, row), spawn_key=_PILOTS).generate_state(1, np.uint64)[0])
+            for row, key in enumerate(self.keys)
+        ]
+        return replace(self, seed=torch.tensor(_signed(keys), dtype=torch.int64, device=self.seed.device))
+
     @contextmanager
-    def running(self, *, features: bool = False, compile: bool = False) -> Iterator[None]:
-        """Within this context the target may be evaluated, on its own device, with features and compiled if asked for."""
+    def running(self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False) -> Iterator[None]:
+        """Within this context the target may be evaluated, on its own device, with features and compiled if asked for.
+
+        Other threads that want to run the same model, or a model or drafter that ``drafter`` holds, wait until it ends.
+        """
         with ExitStack() as during:
+            during.enter_context(exclusively(*shared_by(self.target, drafter), *([COMPILER] if compile else ())))
+            during.enter_context(self.target.in_use())
             during.enter_context(on_device(self.seed))
             if features:
                 during.enter_context(self.target.capture_features())
@@ -230,6 +256,11 @@ def _check_seeds(
         keys = [first, *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
     else:
         keys = [_check_seed(key) for key in cast("Sequence[int]", seed)]
+    return _signed(keys)
+
+
+def _signed(keys: Sequence[int]) -> list[int]:
+    """The same 64 bits as int64 has them."""
     return [(key + 2**63) % 2**64 - 2**63 for key in keys]
 
 

@@ -88,7 +88,9 @@ def speculative_sample(
         window: W, states of a sample evaluated in one round; 1 is the ancestral sampler. ``"auto"`` chooses, of 1 … 64, what
             settles most steps a second on this device, by rounds that it times (once for each model and setting) and by
             how drafts fare: the law is the same whatever is chosen, but the sample of a seed may vary with what was
-            measured. A plan of :func:`free.plan_window` chooses the same in each run.
+            measured. What it remembers of a model from call to call is not used for a seed that it was learned from, and
+            rows that share a seed get one window for all rounds. A plan of :func:`free.plan_window` chooses the same in
+            each run.
         relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound`` says how
             much of it. None is exact.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
@@ -97,8 +99,8 @@ def speculative_sample(
         impl: ``"auto"``, ``"triton"`` or ``"reference"``, of :mod:`free_kernels`.
         capture: replay each round as one CUDA graph: True, False, or ``"auto"``, which does so on CUDA where model and
             drafter are known to leave the host out (``capturable``: a DiT and the drafters of this package are; a plain
-            callable may do anything). Recording takes about three rounds for each batch size and window; a
-            :class:`free.Target` (``free.as_target(model)``) that is sampled again keeps its graphs.
+            callable may do anything). Recording takes about three rounds for each batch size and window; the graphs stay
+            with the model, and serve the next call of the same kind.
         compile: run the model under ``torch.compile(fullgraph=True)`` during this call, a DiT block by block, which compiles
             one block for all. Compiling takes seconds once a process, and again for a new kind of shape.
         progress: show a bar that counts steps.
@@ -126,12 +128,17 @@ def speculative_sample(
     captured = wants_capture(capture, request, drafter, relaxation)
 
     schedule = schedule_of(window)
+    if schedule and not schedule.keys.isdisjoint(request.keys):
+        raise ValueError(
+            "window is a plan that was made from statistics of samples of the same seed: it has seen their noise, and would "
+            "bias them; allowed are other seeds, or a plan that was made without statistics"
+        )
     widest, reach = (schedule.widest, schedule.reach(request.process)) if schedule else (WINDOWS[-1], None)
     setup = Setup.of(request, drafter, widest, impl, reach, relaxation)
     begin = time.perf_counter()
     bar = tqdm(total=request.batch * request.process.num_steps, disable=not progress, unit="step")
     relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
-    with bar, request.running(features=drafter.needs_features, compile=compile), relaxed:
+    with bar, request.running(drafter, features=drafter.needs_features, compile=compile), relaxed:
         run = Run(setup, Graphs.of(setup) if captured else None)
         schedule = schedule or auto_window(setup, run.graphs)
         result = _Result(request, run.state, model, callback_on_step_end, return_trajectory)
@@ -142,6 +149,7 @@ def speculative_sample(
             bar.update(int(turn.known.step.sum()) - bar.n)
             bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
         stats = run.finish()
+        stats.keys = schedule.keys.union(request.keys)
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 
@@ -201,6 +209,7 @@ def ancestral_sample(
                 check_finite(Report(account).read(), stats.drafter, process)
             result.settle_all(k, chain.state)
         stats.seconds = watch.finish()
+        stats.keys = frozenset(request.keys)
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from free.sampling.confidence import CONFIDENCE, total_variation_limit
+
 PHASES = ("draft", "target", "verification")
 """Of a round; one that is captured is a single phase, ``"round"``."""
 
@@ -71,6 +73,17 @@ class Stopwatch:
             yield
             self._add(phase, time.perf_counter() - begin)
 
+    @contextmanager
+    def on_host(self, phase: str) -> Iterator[None]:
+        """Of what the host does while the device waits: it has finished all that was asked of it before and after."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        yield
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._add(phase, time.perf_counter() - begin)
+
     def finish(self) -> dict[str, float]:
         """Seconds by phase; waits for the device once."""
         if self._events:
@@ -117,12 +130,20 @@ class SamplingStatistics:
     would have rejected; 0 without relaxation."""
     divergence: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """float64 [B]: sum over each sample's tests of a bound on the Kullback-Leibler divergence from the exact step, nats."""
+    saved_rejections: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [B]: each sample's tests that accepted what an exact one of the same noise and uniform would have rejected."""
+    budget: float = 0.0
+    """The most excess acceptance of a sample: 0 without relaxation, infinity with one that has no budget."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three."""
+    """Wall seconds in ``draft``, ``target`` and ``verification``; of captured rounds in ``round``, which is all three, and
+    in ``recording``, needed once for each batch size and window."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
     sampler: str = ""
     """What was sampled, where the caller did not name it: of a pipeline, what its scheduler stands for."""
+    keys: frozenset[int] = frozenset()
+    """Of the samples, and of those that their windows were chosen by: what follows from these statistics has seen their
+    noise, and may choose nothing for them."""
 
     def __post_init__(self) -> None:
         if not len(self.tested):
@@ -132,6 +153,7 @@ class SamplingStatistics:
         if not len(self.excess_acceptance):
             self.excess_acceptance = np.zeros(len(self.rounds))
             self.divergence = np.zeros(len(self.rounds))
+            self.saved_rejections = np.zeros(len(self.rounds), np.int64)
 
     @property
     def parallel_efficiency(self) -> float:
@@ -167,6 +189,13 @@ class SamplingStatistics:
         """Standard error of :attr:`total_variation_bound`; NaN of a single sample."""
         return total_variation(self.excess_acceptance, self.divergence)[1]
 
+    @property
+    def total_variation_limit(self) -> float:
+        """What that total variation is at most with 95 % confidence, however few the samples, and where none spent anything;
+        exactly 0 without relaxation. See :func:`free.sampling.confidence.total_variation_limit`.
+        """
+        return total_variation_limit(self.excess_acceptance, self.divergence, self.saved_rejections, self.budget)
+
     def count_round(self, window: int, states: int, limit: int | None) -> None:
         """A round of ``window`` states a sample, ``states`` in all, at most ``limit`` a forward."""
         self.draft_calls += 1
@@ -201,10 +230,11 @@ class SamplingStatistics:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def _relaxed(self) -> list[tuple[str, str]]:
-        if not self.excess_acceptance.any():
+        if not self.budget:
             return []
         bound = f"at most {self.total_variation_bound:.3g} ± {self.total_variation_error:.2g} in total variation"
-        return [("off the exact law", bound)]
+        limit = f"with {CONFIDENCE:.0%} confidence at most {self.total_variation_limit:.3g}"
+        return [("off the exact law", f"{bound}; {limit}")]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready numbers, lists and strings; NaN becomes None."""
@@ -225,8 +255,10 @@ class SamplingStatistics:
             "mean_delta": [None if np.isnan(value) else value for value in self.mean_delta.tolist()],
             "excess_acceptance": self.excess_acceptance.tolist(),
             "divergence": self.divergence.tolist(),
+            "saved_rejections": self.saved_rejections.tolist(),
             "total_variation_bound": self.total_variation_bound,
             "total_variation_error": None if np.isnan(self.total_variation_error) else self.total_variation_error,
+            "total_variation_limit": self.total_variation_limit,
             "seconds": dict(self.seconds),
             "total_seconds": self.total_seconds,
             "sampler": self.sampler,

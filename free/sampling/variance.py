@@ -65,6 +65,7 @@ def average_learned_variance(
             impl=impl,
         ),
     )
+    request = request.pilot()  # its variances are chosen for samples whose noise they may not have seen
     target, process = request.target, request.process
     target.check_learned_variance()
     if process.log_variance_range is None:
@@ -72,7 +73,7 @@ def average_learned_variance(
 
     chain, watch = Chain.begin(request), Stopwatch(request.seed.device)
     log_variance = torch.zeros(process.num_steps, dtype=torch.float64, device=request.seed.device)
-    with target.capture_variance():
+    with request.running(), target.capture_variance():
         for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):
             step = chain.step
             chain, output = step_on(chain, request, None, impl, watch)

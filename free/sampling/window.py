@@ -24,7 +24,7 @@ from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.tensors import map_tensors
 from free.targets.base import TargetOutput, take_rows
-from free_kernels import Proposal, Verification, verify
+from free_kernels import TEST_STREAM, Proposal, Verification, uniform, verify
 from free_kernels.dispatch import resolve
 
 
@@ -260,7 +260,12 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         impl=setup.impl,
     )
     if tau is not None and ledger:
-        ledger = ledger.settle(tau, verification)
+        uniforms = proposed.uniforms
+        if uniforms is None:
+            column = torch.arange(tau.shape[1], device=tau.device)
+            steps = (situation.step[:, None] + column).clamp_(max=process.num_steps - 1)
+            uniforms = uniform(live.seed[:, None], steps, stream=TEST_STREAM, impl=setup.impl)
+        ledger = ledger.settle(tau, verification, uniforms)
     usable = leading_finite(output).clamp(max=length).clamp_(min=1)
     moved = replace(
         live,

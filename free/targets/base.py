@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,8 @@ class Target(ABC):
         self.max_forward_batch = max_forward_batch
         self.compiled = False
         """Whether it is run within :meth:`compile`."""
-        self.graphs: dict[Hashable, Any] = {}
-        """What :mod:`free.sampling.capture` recorded of it."""
+        self.runs = 0
+        """How many runs of it are under way: more than one where a callback samples the model that calls it."""
         self._capturing_variance = False
         self.check_ready()
 
@@ -118,12 +118,15 @@ class Target(ABC):
     def forward(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
-        """One forward of the model; arguments as in :meth:`evaluate`."""
+        """One forward of the model; arguments as in :meth:`evaluate`, but copies, and what is returned is copied."""
 
     def evaluate(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
         """Evaluate N states in one forward (in as many as ``max_forward_batch`` asks for).
+
+        The model may write into the tensors that it is given, and use the memory of its outputs again: it works on copies,
+        and so does the caller. What of the conditioning is no tensor is handed to it as it is.
 
         Args:
             states: float32 [N, *sample shape].
@@ -136,10 +139,11 @@ class Target(ABC):
         """
         limit = self.forward_batch(guided)
         if limit is None or limit >= len(states):
-            return self.forward(states, timestep, conditioning, guided)
+            return self._forward_of_copies(states, timestep, conditioning, guided)
         rows = torch.arange(len(states), device=states.device)
         parts = [
-            self.forward(states[part], timestep[part], take_rows(conditioning, part), guided) for part in rows.split(limit)
+            self._forward_of_copies(states[part], timestep[part], take_rows(conditioning, part), guided)
+            for part in rows.split(limit)
         ]
         return TargetOutput(
             torch.cat([part.output for part in parts]),
@@ -148,11 +152,30 @@ class Target(ABC):
             _cat_or_none([part.variance_share for part in parts]),
         )
 
+    def _forward_of_copies(
+        self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
+    ) -> TargetOutput:
+        # next to a forward a copy is nothing, where a state changed behind the sampler's back is another law
+        conditioning = {name: _copy(value) for name, value in conditioning.items()}
+        output = self.forward(_copy(states), _copy(timestep), conditioning, guided)
+        return TargetOutput(
+            _copy(output.output), _copy(output.unconditional), _copy(output.feature), _copy(output.variance_share)
+        )
+
     def forward_batch(self, guided: bool) -> int | None:
         """States that fit in one forward; None is no bound."""
         if self.max_forward_batch is None:
             return None
         return max(1, self.max_forward_batch // (2 if guided else 1))
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within this context :attr:`runs` counts one more: each has graphs of its own."""
+        self.runs += 1
+        try:
+            yield
+        finally:
+            self.runs -= 1
 
     @contextmanager
     def capture_features(self) -> Iterator[None]:
@@ -199,13 +222,11 @@ class Target(ABC):
             # several windows and models: more kinds of shapes than the usual limit allows
             during.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
             for module in self._compiled_parts() if self.model is self.module else ():
+                during.callback(_put_back_forward, module, vars(module).get("forward"))
                 module.forward = torch.compile(module.forward, fullgraph=True, **options)
-                during.callback(module.__dict__.pop, "forward")
+            during.callback(setattr, self, "compiled", self.compiled)
             self.compiled = True
-            try:
-                yield
-            finally:
-                self.compiled = False
+            yield
 
     def _compiled_parts(self) -> Sequence[torch.nn.Module]:
         """Modules whose forwards are compiled, each on its own: repeated ones share the code."""
@@ -228,11 +249,11 @@ class Target(ABC):
             ValueError: the model predicts none.
         """
         self.check_learned_variance()
-        self._capturing_variance = True
+        before, self._capturing_variance = self._capturing_variance, True
         try:
             yield
         finally:
-            self._capturing_variance = False
+            self._capturing_variance = before
 
 
 def has_rows(value: Any) -> bool:
@@ -243,6 +264,11 @@ def has_rows(value: Any) -> bool:
 def take_rows(conditioning: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """The conditioning of the given rows (int64 [N]); what has no rows is kept."""
     return {name: value[rows] if has_rows(value) else value for name, value in conditioning.items()}
+
+
+def _copy(value: Any) -> Any:
+    """In memory of its own, if it is a tensor."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _cat_or_none(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -261,6 +287,14 @@ def check_output(output: Any, states: torch.Tensor) -> torch.Tensor:
     if not output.is_floating_point():
         raise ValueError(f"model returned dtype {output.dtype}; allowed is a floating dtype")
     return output
+
+
+def _put_back_forward(module: torch.nn.Module, before: Any) -> None:
+    """A forward of the instance's own, as hooks and another compilation give it, or the class's."""
+    if before is None:
+        vars(module).pop("forward", None)
+    else:
+        module.forward = before
 
 
 def _stateful_hook(module: torch.nn.Module) -> str | None:

@@ -50,7 +50,7 @@ class DiTTarget(Target):
             )
         self.learns_variance = out_channels > self.channels
         self.scheduler = scheduler
-        self._captured: torch.Tensor | None = None
+        self._captured: list[torch.Tensor] = []
         self._capturing = False
 
     def default_process(self, num_inference_steps: int) -> ReverseProcess:
@@ -96,12 +96,17 @@ class DiTTarget(Target):
             inputs = torch.cat((inputs, inputs))
             timestep = torch.cat((timestep, timestep))
             labels = torch.cat((labels, torch.full_like(labels, self.null_class)))
+        self._captured.clear()
         raw = self.model(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
         output = check_output(raw[:, : self.channels], inputs)
         feature = None
         if self._capturing:
-            assert self._captured is not None
-            feature = self._captured[:rows]
+            if len(self._captured) != 1:
+                raise RuntimeError(
+                    f"the model's top block ran {len(self._captured)} times within one forward: somebody else calls the "
+                    "model while it is sampled from; wait for the sampler, or give it a copy of the model"
+                )
+            feature = self._captured[0][:rows]
         share = None
         if self._capturing_variance:
             # the network gives -1 for the posterior's log variance and 1 for beta's
@@ -114,8 +119,13 @@ class DiTTarget(Target):
 
     @contextmanager
     def capture_features(self) -> Iterator[None]:
+        if self._capturing:  # a run from within another's callback
+            yield
+            return
+        captured = self._captured
+
         def keep(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            self._captured = output
+            captured.append(output)
 
         handle = self.transformer.transformer_blocks[-1].register_forward_hook(keep)
         self._capturing = True
@@ -124,7 +134,7 @@ class DiTTarget(Target):
         finally:
             handle.remove()
             self._capturing = False
-            self._captured = None
+            captured.clear()
 
     def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
         """Of the first block: every block has a copy of the embedder."""

@@ -25,6 +25,12 @@ class CallableTarget(Target):
     ) -> None:
         super().__init__(model, max_forward_batch)
         self.null_conditioning = null_conditioning
+        self._null_rows: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        """Of :attr:`null_conditioning`, as forwards have asked for them: a graph cannot bring them to the device."""
+
+    def check_ready(self) -> None:
+        super().check_ready()
+        self._null_rows = {}  # it may have changed since the last run
 
     def check_conditioning(
         self, class_labels: Any, conditioning: dict[str, Any] | None, guidance_scale: float, batch: int | None
@@ -66,7 +72,7 @@ class CallableTarget(Target):
                 )
             inputs, timestep = torch.cat((inputs, inputs)), torch.cat((timestep, timestep))
             conditioning = {
-                name: torch.cat((value, _null_rows(name, self.null_conditioning[name], value))) if has_rows(value) else value
+                name: torch.cat((value, self._null(name, value).expand_as(value))) if has_rows(value) else value
                 for name, value in conditioning.items()
             }
         output = self.model(inputs, timestep, **conditioning)
@@ -78,13 +84,16 @@ class CallableTarget(Target):
             output = output.float()
         return TargetOutput(output[:rows], output[rows:] if guided else None)
 
-
-def _null_rows(name: str, null: Any, value: torch.Tensor) -> torch.Tensor:
-    """The null of one keyword, repeated for each row of its conditional tensor."""
-    null = torch.as_tensor(null, dtype=value.dtype, device=value.device)
-    if tuple(null.shape) not in (tuple(value.shape[1:]), (1, *value.shape[1:])):
-        raise ValueError(
-            f"null_conditioning[{name!r}] has shape {tuple(null.shape)}; allowed is {tuple(value.shape[1:])}, "
-            "with or without a leading axis of 1"
-        )
-    return null.expand_as(value)
+    def _null(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The null of one keyword for the rows of its conditional tensor."""
+        known = (name, value.dtype, value.device)
+        if known not in self._null_rows:
+            assert self.null_conditioning is not None
+            null = torch.as_tensor(self.null_conditioning[name], dtype=value.dtype, device=value.device)
+            if tuple(null.shape) not in (tuple(value.shape[1:]), (1, *value.shape[1:])):
+                raise ValueError(
+                    f"null_conditioning[{name!r}] has shape {tuple(null.shape)}; allowed is {tuple(value.shape[1:])}, "
+                    "with or without a leading axis of 1"
+                )
+            self._null_rows[known] = null
+        return self._null_rows[known]

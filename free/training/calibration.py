@@ -52,8 +52,9 @@ def calibrate(
     """Fit a :class:`free.LinearDrafter` for one model, process and guidance scale, in closed form.
 
     Runs the speculative sampler with hold-x0, and regresses the target's outputs at the drafted states on the two drafts
-    that the linear one blends, by step, age of the anchor and band. Only sums are kept. What it is fitted on (seed, labels,
-    window) changes how often its drafts are accepted, never the law.
+    that the linear one blends, by step, age of the anchor and band. Only sums are kept. What it is fitted on (labels,
+    window) changes how often its drafts are accepted, never the law: the trajectories draw from keys of a root of their own,
+    so that it has seen no noise of a sample, whatever its seed.
 
     Args:
         model, process, conditioning, shape, num_inference_steps, guidance_scale, impl: as in
@@ -89,6 +90,7 @@ def calibrate(
             impl=impl,
         ),
     )
+    request = request.pilot()
     sample_shape, steps = request.sample_shape, request.process.num_steps
     image = len(sample_shape) == 3
     if num_bands is None:
@@ -105,9 +107,10 @@ def calibrate(
 def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _Sums:
     """The sums over one run of the trajectories, drafted by hold-x0."""
     sums = _Sums(request, bands)
-    for turn in Run(Setup.of(request, HoldX0(), window, impl)).turns(FixedWindow(window)):
-        sums.add(turn)
-        bar.update(int(turn.known.step.sum()) - bar.n)
+    with request.running():
+        for turn in Run(Setup.of(request, HoldX0(), window, impl)).turns(FixedWindow(window)):
+            sums.add(turn)
+            bar.update(int(turn.known.step.sum()) - bar.n)
     return sums
 
 

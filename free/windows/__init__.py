@@ -1,8 +1,8 @@
 """How wide a window each round takes: given, planned, or chosen on the way."""
 
-from free.windows.automatic import AutoWindow, Experience, RoundSeconds, expected_advance
+from free.windows.automatic import AutoWindow, Experience, expected_advance
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan, check_window, schedule_of
-from free.windows.timing import by_window
+from free.windows.timing import Measurements, RoundSeconds, by_window
 
 __all__ = [
     "WINDOWS",
@@ -10,6 +10,7 @@ __all__ = [
     "Experience",
     "FixedWindow",
     "Known",
+    "Measurements",
     "RoundSeconds",
     "Schedule",
     "WindowPlan",

@@ -8,13 +8,14 @@ rejection: each choice is exact, whatever it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from free.processes import ReverseProcess
-from free.windows.schedule import WINDOWS, Known, Schedule, WindowPlan
+from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan
+from free.windows.timing import RoundSeconds
 
 _WORTHWHILE = 1.02  # another window must be this much better, lest noise decides
 _AS_GOOD = 0.99  # of the best rate is as good
@@ -22,30 +23,8 @@ _HOPE = 0.9  # acceptance where nothing is known
 _DOUBT = 0.1  # tests that a guess counts for
 _SMOOTHING = 0.04  # steps to either side that a step's acceptance is averaged with, of all steps
 _TRUST = 40.0  # steps that the sum's own prediction counts for, beside those of the rounds seen
+MOST_KEYS = 2**17
 _MEMORY = 0.95  # of those, from round to round: a window that once did badly is tried again
-
-
-@dataclass
-class RoundSeconds:
-    """Seconds of a round by the number of states in it."""
-
-    states: np.ndarray
-    """float64 [N], ascending."""
-    seconds: np.ndarray
-    """float64 [N], never falling."""
-
-    def at(self, states: np.ndarray) -> np.ndarray:
-        """Interpolated; beyond what was measured, on the line of the last two."""
-        inside = np.interp(states, self.states, self.seconds)
-        if len(self.states) == 1:
-            return self.seconds[0] * np.maximum(1.0, states / self.states[0])
-        slopes = np.diff(self.seconds) / np.diff(self.states)
-        below, above = np.minimum(states - self.states[0], 0.0), np.maximum(states - self.states[-1], 0.0)
-        return np.maximum(inside + slopes[0] * below + slopes[-1] * above, 0.1 * self.seconds[0])
-
-    def windows(self, batch: int) -> np.ndarray:
-        """int64 [M]: those worth weighing; the measurement ended where wider ones are no cheaper a state."""
-        return np.array([window for window in WINDOWS if window * batch <= max(self.states[-1], batch)])
 
 
 @dataclass
@@ -60,6 +39,27 @@ class Experience:
     """Steps that rounds of each window settled, later ones counting for more."""
     predicted: dict[int, float] = field(default_factory=dict)
     """Steps that they were predicted to."""
+    keys: set[int] = field(default_factory=set)
+    """Of all samples that it has seen, and of those that their windows were chosen by."""
+
+    @classmethod
+    def none(cls, num_steps: int) -> Experience:
+        """Before any run."""
+        return cls(np.zeros(num_steps), np.zeros(num_steps))
+
+    def admit(self, keys: Collection[int]) -> bool:
+        """Whether this may choose for samples of ``keys`` and see them from now on: if it has seen none of them.
+
+        So that its memory has a bound, it begins anew once it has seen :data:`MOST_KEYS`.
+        """
+        if not self.keys.isdisjoint(keys):
+            return False
+        if len(self.keys) + len(keys) > MOST_KEYS:
+            for sums in (self.settled, self.predicted, self.keys):
+                sums.clear()
+            self.tested[:], self.accepted[:] = 0, 0
+        self.keys.update(keys)
+        return True
 
     def acceptance(self, drafted: np.ndarray) -> np.ndarray:
         """float64 [S]: of a draft at each step, averaged over its neighbours; 0 where ``drafted`` (bool [S]) is not."""
@@ -125,6 +125,10 @@ class AutoWindow(Schedule):
         self._known: tuple[float, np.ndarray] = (-1.0, np.zeros(0))
 
     @property
+    def keys(self) -> frozenset[int]:  # type: ignore[override]
+        return frozenset(self.experience.keys)
+
+    @property
     def acceptance(self) -> np.ndarray:
         """float64 [S]: of a draft, as far as is known."""
         tests = self.experience.tested.sum()
@@ -134,8 +138,11 @@ class AutoWindow(Schedule):
 
     def rate(self, step: np.ndarray, rows: int) -> np.ndarray:
         """float64 [N, M]: steps a second that each sample is expected to settle, by window."""
-        advance = expected_advance(self.acceptance, step, self._windows) * self.experience.correction(self._windows)
-        return np.maximum(advance, 1.0) / self.seconds.at(rows * self._windows.astype(float))
+        return np.maximum(self._advance(step), 1.0) / self.seconds.at(rows * self._windows.astype(float))
+
+    def _advance(self, step: np.ndarray) -> np.ndarray:
+        """float64 [N, M]: steps that a round is expected to settle."""
+        return expected_advance(self.acceptance, step, self._windows) * self.experience.correction(self._windows)
 
     def window(self, step: np.ndarray, under_way: Sequence[int], rows: int) -> int:
         rate = self.rate(step, rows).sum(0)
@@ -154,6 +161,13 @@ class AutoWindow(Schedule):
         self.experience.tested += after.tested - before.tested
         self.experience.accepted += after.accepted - before.accepted
 
+    def fixed(self, batch: int) -> FixedWindow:
+        """The one window that it would take for all steps, whatever becomes of the samples."""
+        step = np.arange(len(self._drafted))
+        rounds = (1 / np.maximum(self._advance(step), 1.0)).sum(0)  # [M]
+        rate = 1 / (rounds * self.seconds.at(batch * self._windows.astype(float)))
+        return FixedWindow(int(self._windows[_best(rate)]), self.name)
+
     def plan(self, batch: int) -> WindowPlan:
         """The windows that it would take now, step by step."""
         step = np.arange(len(self._drafted))
@@ -164,4 +178,5 @@ class AutoWindow(Schedule):
             chosen[k] = best if rate[k, best] > _WORTHWHILE * rate[k, chosen[k - 1]] else chosen[k - 1]
         seconds = self.seconds.at(batch * self._windows.astype(float))
         by_window = dict(zip(self._windows.tolist(), seconds.tolist(), strict=True))
-        return WindowPlan(np.minimum(self._windows[chosen], len(step) - step), self.acceptance, by_window)
+        windows = np.minimum(self._windows[chosen], len(step) - step)
+        return WindowPlan(windows, self.acceptance, by_window, self.keys)

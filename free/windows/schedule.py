@@ -17,7 +17,7 @@ from free.processes import ReverseProcess
 WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 """Windows that are weighed against each other."""
 
-_FORMAT = "free-dit window plan, 1"
+_FORMAT = "free-dit window plan, 2"
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Schedule(ABC):
     """No window is wider."""
     name: int | str
     """As the statistics call it."""
+    keys: frozenset[int] = frozenset()
+    """Of the samples, settled or not, whose noise the choice has seen: it may choose no window for another one of theirs."""
 
     @abstractmethod
     def window(self, step: np.ndarray, under_way: Sequence[int], rows: int) -> int:
@@ -71,8 +73,8 @@ class Schedule(ABC):
 class FixedWindow(Schedule):
     """The same in each round."""
 
-    def __init__(self, window: int) -> None:
-        self.widest = self.name = window
+    def __init__(self, window: int, name: str | None = None) -> None:
+        self.widest, self.name = window, window if name is None else name
 
     def window(self, step: np.ndarray, under_way: Sequence[int], rows: int) -> int:
         return self.widest
@@ -82,7 +84,8 @@ class FixedWindow(Schedule):
 class WindowPlan(Schedule):
     """A window for each step, made by :func:`free.plan_window`: as ``window="auto"`` would take, and the same in every run.
 
-    A sample takes the windows of its own steps, whatever the others in its batch do.
+    A sample takes the windows of its own steps, whatever the others in its batch do. A plan that was made from statistics of
+    real samples remembers their keys, and is refused for them: it has seen their noise.
 
     Raises:
         ValueError: windows that are not positive ints.
@@ -94,12 +97,14 @@ class WindowPlan(Schedule):
     """float64 [S]: of a draft, as the plan was made with."""
     seconds: dict[int, float] = field(default_factory=dict)
     """Of a round of the whole batch, by window."""
+    keys: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         windows = np.asarray(self.windows)
         if windows.ndim != 1 or not len(windows) or windows.dtype.kind not in "iu" or (windows < 1).any():
             raise ValueError(f"windows is {self.windows!r}; allowed are ints, 1 or more, one a step")
         object.__setattr__(self, "windows", windows.astype(np.int64))
+        object.__setattr__(self, "keys", frozenset(map(int, self.keys)))
 
     @property
     def widest(self) -> int:  # type: ignore[override]
@@ -124,7 +129,8 @@ class WindowPlan(Schedule):
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         seconds = {str(window): value for window, value in self.seconds.items()}
-        values = {"windows": self.windows.tolist(), "acceptance": self.acceptance.tolist(), "seconds": seconds}
+        values = {"windows": self.windows.tolist(), "acceptance": self.acceptance.tolist()}
+        values |= {"seconds": seconds, "keys": sorted(self.keys)}
         Path(path).write_text(json.dumps({"format": _FORMAT, **values}) + "\n", encoding="utf-8")
 
     @classmethod
@@ -140,7 +146,8 @@ class WindowPlan(Schedule):
             if values["format"] != _FORMAT:
                 raise ValueError(f"its format is {values['format']!r}")
             seconds = {int(window): float(value) for window, value in values["seconds"].items()}
-            return cls(np.asarray(values["windows"]), np.asarray(values["acceptance"], dtype=float), seconds)
+            acceptance = np.asarray(values["acceptance"], dtype=float)
+            return cls(np.asarray(values["windows"]), acceptance, seconds, frozenset(values["keys"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds no window plan: {error}") from error
 

@@ -2,21 +2,86 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from free.windows.schedule import WINDOWS
 
 _REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
 _ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
+_MEASUREMENTS = 3  # that are remembered
+_PATIENCE = 50.0  # times what a measurement took pass before the next one
+_AT_LEAST = 10.0  # seconds
+
+
+@dataclass
+class RoundSeconds:
+    """Seconds of a round by the number of states in it."""
+
+    states: np.ndarray
+    """float64 [N], ascending."""
+    seconds: np.ndarray
+    """float64 [N], never falling: a wider window that took less shows what a narrower one takes at most."""
+
+    def __post_init__(self) -> None:
+        self.seconds = np.minimum.accumulate(self.seconds[::-1])[::-1]
+
+    def least(self, other: RoundSeconds) -> RoundSeconds:
+        """The lesser of two measurements of one thing, of which one may have gone further: a busy machine only adds."""
+        longer, shorter = sorted((self, other), key=lambda one: len(one.states), reverse=True)
+        seconds = longer.seconds.copy()
+        common = len(shorter.states)
+        seconds[:common] = np.minimum(seconds[:common], shorter.seconds)
+        return RoundSeconds(longer.states, seconds)
+
+    def at(self, states: np.ndarray) -> np.ndarray:
+        """Interpolated; beyond what was measured, on the line of the last two."""
+        inside = np.interp(states, self.states, self.seconds)
+        if len(self.states) == 1:
+            return self.seconds[0] * np.maximum(1.0, states / self.states[0])
+        slopes = np.diff(self.seconds) / np.diff(self.states)
+        below, above = np.minimum(states - self.states[0], 0.0), np.maximum(states - self.states[-1], 0.0)
+        return np.maximum(inside + slopes[0] * below + slopes[-1] * above, 0.1 * self.seconds[0])
+
+    def windows(self, batch: int) -> np.ndarray:
+        """int64 [M]: those worth weighing; the measurement ended where wider ones are no cheaper a state."""
+        return np.array([window for window in WINDOWS if window * batch <= max(self.states[-1], batch)])
+
+
+class Measurements:
+    """Of one kind of round, the last few: made again from time to time, so that a machine that was busy once does not decide
+    for good.
+    """
+
+    def __init__(self) -> None:
+        self._made: deque[RoundSeconds] = deque(maxlen=_MEASUREMENTS)
+        self._again = -float("inf")
+
+    def latest(self, measure: Callable[[], RoundSeconds]) -> RoundSeconds:
+        """What the last ones say together, after another one if it is time."""
+        begin = time.perf_counter()
+        if begin >= self._again:
+            self._made.append(measure())
+            end = time.perf_counter()
+            self._again = end + max(_PATIENCE * (end - begin), _AT_LEAST)
+        return functools.reduce(RoundSeconds.least, self._made)
 
 
 def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> dict[int, float]:
-    """Seconds of ``run(window)`` for wider and wider windows, until wider ones are no cheaper a state."""
+    """Seconds of ``run(window)`` for wider and wider windows, until wider ones are no cheaper a state.
+
+    That takes two doublings in a row: a small network on a CPU may take twice the time for the second state, where it leaves
+    what was made for a single one, and next to none for the thirty after it.
+    """
     taken: dict[int, float] = {}
+    dear = 0
     for window in (window for window in WINDOWS if window <= widest):
         run(window)  # shapes that are met for the first time are slow
         taken[window] = _timed(run, window, device)
@@ -26,7 +91,8 @@ def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> d
             for one in pair:
                 taken[one] = min(taken[one], _timed(run, one, device))
         # twice as wide goes less than twice as far
-        if window > 1 and taken[window] > 1.8 * taken[window // 2]:
+        dear = dear + 1 if window > 1 and taken[window] > 1.8 * taken[window // 2] else 0
+        if dear == 2:
             break
     return taken
 

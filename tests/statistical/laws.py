@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from scipy import stats
 
+PValues = dict[str, float]
+"""By hypothesis."""
+
 BUDGET = 1e-6
 """Probability that an assertion fails by chance, if seeds were drawn anew; they are fixed, so none is flaky."""
 
@@ -64,9 +67,33 @@ def bonferroni(p_values: list[float]) -> float:
     return min(1.0, len(p_values) * min(p_values))
 
 
+def lags_p(rows: torch.Tensor, longest: int) -> float:
+    """Rows [n, T, D] that should be iid N(0, I): no two of a sequence, 1 … ``longest`` rows apart, share their numbers."""
+    rows = rows.double()
+    scores = []
+    for lag in range(1, longest + 1):
+        products = rows[:, lag:] * rows[:, :-lag]
+        scores.append(float(products.sum()) / math.sqrt(products.numel()))
+    return bonferroni([z_score_p(score) for score in scores])
+
+
+def at_most_p(values: torch.Tensor) -> float:
+    """That iid values have a mean of 0 or less; n is in the thousands, where the normal law is good at 1e-6."""
+    values = values.double()
+    mean, error = float(values.mean()), float(values.std()) / math.sqrt(len(values))
+    return math.erfc(mean / error / math.sqrt(2)) / 2 if error else float(mean <= 0)
+
+
 def acceptance_probability(norm: torch.Tensor) -> torch.Tensor:
     """Eq. 40 of FREE (arXiv 2511.20390): 2 Phi(-|delta| / 2)."""
     return torch.special.erfc(norm.double() / math.sqrt(8))
+
+
+def density_ratio(y: np.ndarray, norm: float, tau: float) -> np.ndarray:
+    """Of a relaxed step's innovation to N(0, 1): docs/relaxation.md, written from the two cases there."""
+    log_rho = norm * y - norm**2 / 2  # of the draft's density to the target's
+    on_the_targets_side = 1 + np.exp(np.minimum(log_rho, 0)) - np.exp(tau * np.minimum(log_rho, 0))
+    return np.where(log_rho < 0, on_the_targets_side, np.exp((1 - tau) * np.maximum(log_rho, 0)))
 
 
 def moments_p(whitened: torch.Tensor) -> dict[str, float]:
@@ -82,6 +109,11 @@ def moments_p(whitened: torch.Tensor) -> dict[str, float]:
         "x_i x_j": bonferroni([z_score_p(float(value)) for value in products]),
         "|x|²": spread_p(rows),
     }
+
+
+def whiten(rows: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Rows [n, D] of N(mean, covariance) as rows of N(0, I), float64."""
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (rows.double() - mean).T, upper=False).T
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

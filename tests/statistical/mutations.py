@@ -163,6 +163,116 @@ def _unguided() -> Any:
     return replaced("free_kernels.verify.reference", "verify", make)
 
 
+def _method(where: str, name: str, planted: Callable[..., Any]) -> Callable[[], Any]:
+    """Puts ``planted`` in the place of a method of the class at ``where`` ("module:class")."""
+    module, _, owner = where.partition(":")
+    return lambda: mock.patch.object(getattr(importlib.import_module(module), owner), name, planted)
+
+
+@contextmanager
+def _within(module: str, owner: str, method: str, **changed: Any) -> Iterator[None]:
+    """While ``owner.method`` runs, methods of tensors are others."""
+    cls = getattr(importlib.import_module(module), owner)
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as patches:
+            for name, change in changed.items():
+                patches.enter_context(mock.patch.object(torch.Tensor, name, change))
+            return original(*args, **kwargs)
+
+    with mock.patch.object(cls, method, planted):
+        yield
+
+
+def _finite_or_nothing() -> Any:
+    """The anchors of a window are usable if all its states are finite: the later ones have seen the noise of the drafts."""
+
+    def make(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def planted(output: Any) -> torch.Tensor:
+            finite = original(output)
+            return torch.where(finite == output.output.shape[1], finite, 1)
+
+        return planted
+
+    return replaced("free.sampling.window", "leading_finite", make)
+
+
+def _latents_of_step_0() -> Any:
+    return mock.patch.object(importlib.import_module("free.sampling.request"), "LATENT_STREAM", NOISE_STREAM)
+
+
+def _counted_keys() -> Any:
+    """The keys of a batch are seed, seed + 1, …, which the next seeds' batches have too."""
+
+    def make(original: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        def planted(seed: Any, generator: Any, batch: int) -> list[int]:
+            return original([seed + i for i in range(batch)] if isinstance(seed, int) else seed, generator, batch)
+
+        return planted
+
+    return replaced("free.sampling.request", "_check_seeds", make)
+
+
+def _later_feature() -> Any:
+    """The anchor's state and output are of a step that may be known, its feature is of the next."""
+    situation = importlib.import_module("free.drafters.base").Situation
+    original = situation.anchor
+
+    def planted(self: Any, step: torch.Tensor) -> Any:
+        anchor = original(self, step)
+        if anchor.feature is None:
+            return anchor
+        first, length = (values.view(-1, *(1,) * (step.dim() - 1)) for values in (self.last.step, self.last.length))
+        column = torch.minimum(anchor.step - first + 1, length - 1)
+        row = torch.arange(len(step), device=step.device).view_as(first)
+        return dataclasses.replace(anchor, feature=self.last.feature[row, column])
+
+    return mock.patch.object(situation, "anchor", planted)
+
+
+def _two_moments() -> Any:
+    """The divergence of a relaxed step without the third moment of its bound."""
+    module = importlib.import_module("free.sampling.relaxation")
+
+    def make(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def planted(squared_norm: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+            def tilted(power: torch.Tensor | float) -> torch.Tensor:
+                return module._tilted(squared_norm.double(), power)
+
+            tau = tau.double()
+            third = (tilted(3 * tau) - tilted(3.0)) - 3 * (tilted(2 * tau + 1) - tilted(tau + 2))
+            return (original(squared_norm, tau) - third / 2).clamp(min=0.0)
+
+        return planted
+
+    return replaced("free.sampling.relaxation", "divergence", make)
+
+
+def _rows_of_another() -> Any:
+    """The target is told each sample's neighbour's conditioning."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda query, conditioning, request: original(
+            query, {name: values.roll(1, 0) for name, values in conditioning.items()}, request
+        )
+
+    return replaced("free.sampling.window", "evaluate", make)
+
+
+def _rows_left_behind() -> Any:
+    """When samples leave, the conditioning of the others stays where it was, and so is another's."""
+    live = importlib.import_module("free.sampling.window").Live
+    original = live.keep
+
+    def planted(self: Any, rows: torch.Tensor) -> Any:
+        conditioning = {name: values[: len(rows)] for name, values in self.conditioning.items()}
+        return dataclasses.replace(original(self, rows), conditioning=conditioning)
+
+    return mock.patch.object(live, "keep", planted)
+
+
 _PLAIN, _SHIFTED = "one step, plain", "chain: gaussian, shifted, W=4"
 _BOTH = (_PLAIN, _SHIFTED)
 
@@ -204,4 +314,34 @@ MUTATIONS: dict[str, Mutation] = {
     "timestep off by one": Mutation(_later_timestep, (_SHIFTED, "chain: mixture, hold-x0, W=4")),
     "delta of x0 not clamped": Mutation(_unclipped_delta, ("one step, clipped", "chain: mixture, shifted, W=8, clipped")),
     "guidance left out of verification": Mutation(_unguided, ("one step, guided", "chain: gaussian, hold-x0, W=4, guided")),
+    "anchors only if all are finite": Mutation(_finite_or_nothing, ("chain: cliff, over the cliff, W=3",)),
+    "latents are the noise of step 0": Mutation(_latents_of_step_0, ("chain: gaussian, leaning, W=4",)),
+    "keys of a batch are seed + i": Mutation(_counted_keys, ("keys of a seed",)),
+    "feature of the anchor at step k+1": Mutation(_later_feature, ("chain: gaussian, leaning on the feature, W=4",)),
+    "noise refilled only if all rows need it": Mutation(
+        lambda: _within("free.sampling.noise", "NoiseWindow", "reach", any=torch.Tensor.all),
+        ("chain: gaussian, uneven, W=4, two by two",),
+    ),
+    "conditioning of another sample": Mutation(_rows_of_another, ("chain: gaussian, leaning, W=4, rows of their own",)),
+    "conditioning left behind by a sample": Mutation(
+        _rows_left_behind, ("chain: gaussian, hold-x0, W=4, guided, rows of their own",)
+    ),
+    "budget spent by each test anew": Mutation(
+        lambda: _within("free.sampling.relaxation", "Ledger", "tau", cumsum=lambda values, dim: values),
+        ("certificate: within a budget",),
+    ),
+    "divergence without its third moment": Mutation(_two_moments, ("certificate: tau 0.02",)),
+    "a pilot of the samples' own keys": Mutation(
+        _method("free.sampling.request:Request", "pilot", lambda request: request), ("keys: a plan of the same seed",)
+    ),
+    "a plan that forgot whose noise it has seen": Mutation(
+        _method("free.windows:WindowPlan", "keys", property(lambda plan: frozenset(), lambda plan, keys: None)),
+        ("keys: a plan of statistics",),
+    ),
+    "auto remembers the same key": Mutation(
+        _method("free.windows:Experience", "admit", lambda experience, keys: True), ("keys: auto twice",)
+    ),
+    "auto pools rows of one key": Mutation(
+        _method("free.windows:AutoWindow", "fixed", lambda schedule, batch: schedule), ("keys: auto, a key in two rows",)
+    ),
 }

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from free.sampling.window import Setup
 from tests.statistical import laws
-from tests.statistical.checks import CASES, CHECKS, Case, PValues, chain, innovations, one_step, run_chain
-from tests.statistical.laws import BUDGET
+from tests.statistical.cases import CASES, Case, uneven_variance
+from tests.statistical.chains import chain, innovations, run_chain
+from tests.statistical.checks import CHECKS
+from tests.statistical.laws import BUDGET, PValues
 from tests.statistical.mutation_gate import unmutated
+from tests.statistical.one_step import one_step
 
 
 def assert_law(p_values: PValues) -> None:
@@ -35,9 +41,20 @@ def test_the_kernels_chain_is_exact(name: str) -> None:
     assert_law(chain(name, impl="triton", device="cuda"))
 
 
+def test_finished_samples_that_stay_in_a_batch_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, whose batches keep their shape: what is seen from outside is the same."""
+    case, of = Case("mixture", "hold-x0", 4, samples=300, seed=23), Setup.of
+    plain = run_chain(case)
+    monkeypatch.setattr(Setup, "of", lambda *arguments: dataclasses.replace(of(*arguments), static_shapes=True))
+    padded = run_chain(case)
+    assert padded.stats[0].target_evaluations > plain.stats[0].target_evaluations
+    for name in ("delta", "tested", "accepted", "redrafted"):
+        assert torch.equal(getattr(padded, name), getattr(plain, name)), name
+
+
 def test_statistics_report_what_happened_and_agree_with_eq_40() -> None:
     run = run_chain(Case("gaussian", "shifted", 4, samples=4000, seed=20))
-    stats = run.output.stats
+    (stats,) = run.stats
     tested, accepted = run.tested.sum(0).numpy(), run.accepted.sum(0).numpy()
     # the last step, which is never drafted, has no test
     np.testing.assert_array_equal(stats.tested, [*tested, 0])
@@ -51,15 +68,24 @@ def test_statistics_report_what_happened_and_agree_with_eq_40() -> None:
     run = run_chain(Case("ill-conditioned", "hold-x0", 8, samples=4000, seed=21))
     expected = laws.acceptance_probability(run.delta.norm(dim=-1)) * run.tested
     variance = (expected * (1 - expected)).sum(0).numpy()
-    errors = (run.output.stats.accepted[:-1] - expected.sum(0).numpy()) / np.sqrt(variance)
-    some = run.output.stats.tested[:-1] > 100
+    (stats,) = run.stats
+    errors = (stats.accepted[:-1] - expected.sum(0).numpy()) / np.sqrt(variance)
+    some = stats.tested[:-1] > 100
     assert laws.bonferroni([laws.z_score_p(error) for error in errors[some]]) >= BUDGET
 
 
-@pytest.mark.parametrize(("target", "clip"), [("gaussian", None), ("mixture", 0.8)])
-def test_the_last_step_is_the_targets_mean(target: str, clip: float | None) -> None:
-    run = run_chain(Case(target, "shifted", 4, samples=500, clip=clip))
-    assert run.last_error.abs().max() < 1e-5
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [
+        (Case("gaussian", "shifted", 4, samples=500), 1),
+        (Case("mixture", "shifted", 4, samples=500, clip=0.8), 1),
+        (Case("gaussian", "leaning", 6, samples=500, table={"variance": uneven_variance(10, 4)}), 2),
+    ],
+)
+def test_a_step_without_noise_is_the_targets_mean(case: Case, steps: int) -> None:
+    run = run_chain(case)
+    assert run.noiseless_error.shape[1] == steps
+    assert run.noiseless_error.abs().max() < 1e-5
 
 
 def test_innovations_are_the_streams_own_noise_or_its_reflection() -> None:

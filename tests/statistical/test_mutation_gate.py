@@ -6,7 +6,7 @@ import pytest
 
 from tests.statistical import mutations
 from tests.statistical.checks import CHECKS
-from tests.statistical.mutation_gate import hunt
+from tests.statistical.mutation_gate import hunt, main
 
 
 @pytest.mark.parametrize("bug", mutations.MUTATIONS)
@@ -28,3 +28,8 @@ def test_a_planted_bug_is_taken_out_again() -> None:
         pass
     assert (free.sampling.noise.uniform, philox) == before
     assert free.sampling.noise.uniform is uniform
+
+
+def test_the_table_of_one_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--bug", "budget spent by each test anew"]) == 0
+    assert "1 bugs planted" in capsys.readouterr().out

@@ -11,10 +11,11 @@ from scipy import stats
 
 import free
 from free.drafters import Situation, StepDrafter
+from free.sampling.confidence import CONFIDENCE, mean_limit
 from free.sampling.relaxation import DraftedSteps, excess_acceptance, relaxed_acceptance
 from free_kernels import posterior, verify
 from tests.analytic import GaussianTarget
-from tests.statistical.laws import BUDGET, acceptance_probability, normal_p, success_p
+from tests.statistical.laws import BUDGET, acceptance_probability, density_ratio, normal_p, success_p
 
 ROWS = 100_000
 DIM = 6
@@ -120,13 +121,6 @@ def relaxed_run(norm: float, tau: float, steps: int, samples: int) -> tuple[free
     return output, innovation
 
 
-def density_ratio(y: np.ndarray, norm: float, tau: float) -> np.ndarray:
-    """Of a relaxed step's innovation to N(0, 1): docs/relaxation.md, written from the two cases there."""
-    log_rho = norm * y - norm**2 / 2  # of the draft's density to the target's
-    on_the_targets_side = 1 + np.exp(np.minimum(log_rho, 0)) - np.exp(tau * np.minimum(log_rho, 0))
-    return np.where(log_rho < 0, on_the_targets_side, np.exp((1 - tau) * np.maximum(log_rho, 0)))
-
-
 @pytest.mark.parametrize(("norm", "tau", "steps"), [(1.5, 0.5, 2), (1.5, 0.3, 4), (0.8, 0.9, 33)])
 def test_the_certificate_holds_and_is_tight_where_the_distance_is_known(norm: float, tau: float, steps: int) -> None:
     output, innovation = relaxed_run(norm, tau, steps, 2000)
@@ -186,3 +180,91 @@ def test_the_certificate_counts_the_tests_that_decided() -> None:
     assert 0 < tested < 300 * 8
     each = float(excess_acceptance(torch.tensor(1.44), math.exp(-0.5)))
     assert output.stats.excess_acceptance.sum() == pytest.approx(tested * each, rel=1e-3)
+
+
+# --- the limit ------------------------------------------------------------------------------------------------------------
+
+
+def most_misses(runs: int, risk: float) -> int:
+    """What a limit of that risk exceeds once in a million."""
+    return int(stats.binom.isf(BUDGET, runs, risk))
+
+
+LAWS = {
+    "seldom all": lambda generator, shape: generator.random(shape) < 2.8e-4,
+    "a coin": lambda generator, shape: generator.random(shape) < 0.035,
+    "seldom, and then anything": lambda generator, shape: np.where(
+        generator.random(shape) < 0.05, generator.random(shape), 0.0
+    ),
+    "heavy": lambda generator, shape: generator.beta(0.02, 0.3, shape),
+    "even": lambda generator, shape: generator.random(shape),
+}
+MEANS = {
+    "seldom all": 2.8e-4, "a coin": 0.035, "seldom, and then anything": 0.025, "heavy": 0.02 / 0.32, "even": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, 100])
+@pytest.mark.parametrize("law", LAWS)
+def test_the_limit_of_a_mean_covers_it(law: str, count: int) -> None:
+    runs, risk = 4000, 0.04
+    values = LAWS[law](np.random.default_rng(7), (runs, count)).astype(float)
+    misses = sum(mean_limit(row, risk) < MEANS[law] for row in values)
+    assert misses <= most_misses(runs, risk)
+    # and no mean with its standard error would do: of what is rare most runs see nothing
+    if law == "seldom all":
+        assert (values.mean(1) == 0).mean() > 0.95
+
+
+def test_saved_rejections_are_counted_as_often_as_the_closed_form_expects() -> None:
+    """Each test saves one with probability c, whatever was before: the expectation that the certificate is the sum of."""
+    norm, tau, steps, samples = 1.5, 0.5, 5, 8000
+    output, _ = relaxed_run(norm, tau, steps, samples)
+    each = float(excess_acceptance(torch.tensor(norm**2, dtype=torch.float64), tau))
+    saved = output.stats.saved_rejections
+    expected = stats.binom.pmf(np.arange(steps), steps - 1, each) * samples
+    assert stats.chisquare(np.bincount(saved, minlength=steps), expected).pvalue >= BUDGET
+
+
+def test_the_limit_covers_a_distance_that_is_known() -> None:
+    """One test a sample: the distance is that test's excess acceptance, and 300 runs of 60 samples each say a limit."""
+    norm, tau, runs, count = 1.5, 0.5, 300, 60
+    output, _ = relaxed_run(norm, tau, 2, runs * count)
+    distance = float(excess_acceptance(torch.tensor(norm**2, dtype=torch.float64), tau))
+    limits = [limit_of(output, run, count) for run in range(runs)]
+    assert sum(limit < distance for limit in limits) <= most_misses(runs, 1 - CONFIDENCE)
+    assert np.mean(limits) < distance + 0.2
+
+
+def limit_of(output: free.SamplingOutput, run: int, count: int) -> float:
+    """What the samples ``run * count`` … would have reported as a run of their own."""
+    part, whole = slice(run * count, (run + 1) * count), output.stats
+    return free.SamplingStatistics(
+        whole.steps, whole.window, whole.drafter, whole.rounds[part],
+        excess_acceptance=whole.excess_acceptance[part], divergence=whole.divergence[part],
+        saved_rejections=whole.saved_rejections[part], budget=whole.budget,
+    ).total_variation_limit  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [None, 0.6])
+def test_what_is_relaxed_seldom_is_not_certified_as_exact(budget: float | None) -> None:
+    """One sample in some 1600 is relaxed, by a lot: nearly all runs of 100 see none of it, and none may say zero."""
+    norm, strength, runs, count = 1.5, 9.0, 60, 100
+    model, process = GaussianTarget.example(2), free.ReverseProcess.ddpm(2)
+    output = free.speculative_sample(
+        model,
+        Shifted(model, norm),
+        process=process,
+        shape=(2,),
+        seed=torch.arange(runs * count).tolist(),
+        window=2,
+        relaxation=free.Relaxation(strength, lambda drafted: (drafted.states[..., 1] > 3.22).float(), budget),
+    )
+    each = float(excess_acceptance(torch.tensor(norm**2, dtype=torch.float64), math.exp(-strength)))
+    distance = each * stats.norm.sf(3.22)
+    assert 2.5e-4 < distance < 4e-4
+    spent = output.stats.excess_acceptance.reshape(runs, count)
+    assert (spent.sum(1) == 0).mean() > 0.8  # 0 ± 0
+    limits = np.array([limit_of(output, run, count) for run in range(runs)])
+    assert (limits > distance).all()
+    assert np.median(limits) == pytest.approx((1 - 0.04 ** (1 / count)) * (budget or 1))

@@ -141,6 +141,9 @@ def test_rows_of_processes_and_relaxations_agree_with_their_runs(
         assert row["rounds"] == pytest.approx(stats.rounds.mean())
         assert row["total_variation_bound"] == pytest.approx(stats.total_variation_bound, rel=1e-4)
         assert (row["total_variation_bound"] > 0) == (row["strength"] > 0)
+        assert row["total_variation_limit"] == pytest.approx(stats.total_variation_limit, rel=1e-4)
+        assert (row["total_variation_limit"] > 0) == (row["strength"] > 0)
+        assert row["saved_rejections"] == pytest.approx(stats.saved_rejections.mean())
         assert row["uncertainty"] == ("learned" if row["strength"] else None)
 
 
@@ -172,7 +175,7 @@ def test_samples_are_judged_and_quality_is_drawn(small: dict[str, Any], capsys: 
     assert {row["data_fingerprint"] for row in rows} == {judge.fingerprint}
     printed = capsys.readouterr().out
     header = next(line for line in printed.splitlines() if line.startswith("drafter"))
-    assert header.split()[-6:] == ["strength", "TV", "at", "most", "energy", "Fréchet"]
+    assert header.split()[-7:] == ["TV", "at", "most", "TV", "limit", "energy", "Fréchet"]
     assert small["output"].read_bytes().startswith(PNG)
 
 

@@ -16,13 +16,10 @@ import free
 from free import Drafter, LinearDrafter, ReverseProcess
 from free.drafters import as_drafter
 from free.sampling.account import Account
-from free.sampling.capture import Graphs
-from free.sampling.loop import Run, Turn
-from free.sampling.request import Options, Request, check_request
-from free.sampling.statistics import SamplingStatistics, Stopwatch
+from free.sampling.statistics import Stopwatch
 from free.sampling.window import Setup, advance, first_window
-from free.windows import FixedWindow
 from tests.unit.helpers import GaussianModel, Recorder
+from tests.unit.rehearsal import request_for, run_loop, static_setup
 
 CPU = torch.device("cpu")
 
@@ -31,10 +28,6 @@ CPU = torch.device("cpu")
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def request_for(model: Any, **given: Any) -> Request:
-    return check_request(model, Options(**{"seed": 0, "impl": "reference", **given}))
 
 
 def on_meta(value: Any) -> Any:
@@ -103,20 +96,6 @@ def test_a_round_of_other_shapes_does_read(make_dit: Callable[..., DiTTransforme
 # --- static shapes change nothing ---------------------------------------------------------------------------------------
 
 
-def static_setup(model: Any, drafter: Any, window: int, **given: Any) -> Setup:
-    setup = Setup.of(request_for(model, **given), as_drafter(drafter), window, "reference")
-    return dataclasses.replace(setup, static_shapes=True)
-
-
-def run_loop(
-    setup: Setup, lag: int = 0, graphs: Graphs | None = None
-) -> tuple[list[Turn], torch.Tensor, SamplingStatistics]:
-    """The rounds, the samples and the statistics."""
-    run = Run(setup, graphs)
-    seen = list(run.turns(FixedWindow(setup.widest), lag))
-    return seen, run.state, run.finish()
-
-
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 3, 8])
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
@@ -177,120 +156,6 @@ def test_nan_at_the_very_last_step_does_not_pass() -> None:
 
     with pytest.raises(free.NonFiniteOutputError, match=r"at step 11 "):
         run_loop(static_setup(broken, "hold-x0", 4, shape=(5,), process=process, seed=[4, 5]), 1)
-
-
-# --- captured rounds, rehearsed without a device ------------------------------------------------------------------------
-
-
-class Rehearsal:
-    """In place of a recording: runs what a graph would replay, on the same buffers."""
-
-    made = 0
-
-    def __init__(self, function: Callable[[], Any], pool: Any) -> None:
-        self.function = function
-        Rehearsal.made += 1
-        for _ in range(3):  # two to warm up, one to record
-            function()
-
-    def __call__(self) -> Any:
-        return self.function()
-
-
-@pytest.fixture
-def _rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free.sampling.capture, "Recording", Rehearsal)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Rehearsal, "made", 0)
-
-
-@pytest.mark.usefixtures("_rehearsed")
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(("drafter", "window"), [("hold-x0", 4), ("hold-output", 3), ("hold-x0", 1)])
-def test_captured_rounds_change_no_bit_and_serve_again(drafter: str, window: int, lag: int) -> None:
-    target, process = free.as_target(GaussianModel()), ReverseProcess.ddpm(40)
-    for seed in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
-        common: dict[str, Any] = {"shape": (5,), "process": process, "seed": seed}
-        expected = free.speculative_sample(target, drafter, window=window, **common)
-        setup = static_setup(target, drafter, window, **common)
-        _, state, stats = run_loop(setup, lag, Graphs.of(setup))
-        assert torch.equal(state, expected.samples)
-        for name in ("rounds", "tested", "accepted"):
-            assert getattr(stats, name).tolist() == getattr(expected.stats, name).tolist(), name
-        assert len(target.graphs) == 1
-    made, graphs = Rehearsal.made, next(iter(target.graphs.values()))
-    assert made == len(graphs._rounds) <= 4  # batches of 5, 4, 2, 1
-
-
-@pytest.mark.usefixtures("_rehearsed")
-def test_captured_rounds_of_a_dit_with_features(dit: DiTTransformer2DModel) -> None:
-    """Conditioning is read from the graph's own rows, whoever is left."""
-    target, process = free.as_target(dit), ReverseProcess.ddpm(30)
-    for labels, seed in (([0, 1, 2], [1, 2, 3]), ([4, 3, 2], [5, 6, 7])):
-        common: dict[str, Any] = {"class_labels": labels, "guidance_scale": 1.5, "process": process, "seed": seed}
-        expected = free.speculative_sample(target, window=4, **common)
-        setup = static_setup(target, "hold-x0", 4, **common)
-        _, state, _ = run_loop(setup, 1, Graphs.of(setup))
-        torch.testing.assert_close(state.unflatten(1, (2, 8, 8)), expected.samples, rtol=1e-3, atol=1e-3)
-    assert len(target.graphs) == 1
-
-
-@pytest.mark.usefixtures("_rehearsed")
-def test_what_a_graph_cannot_be_told_anew_makes_another(dit: DiTTransformer2DModel) -> None:
-    target = free.as_target(dit)
-    common: dict[str, Any] = {"class_labels": [1, 2], "process": ReverseProcess.ddpm(8)}
-    first = Graphs.of(static_setup(target, "hold-x0", 4, **common))
-    assert Graphs.of(static_setup(target, "hold-x0", 4, **{**common, "class_labels": [3, 4], "seed": 9})) is first
-    assert Graphs.of(static_setup(target, "hold-x0", 4, **{**common, "process": ReverseProcess.ddpm(8)})) is first
-    others = [
-        static_setup(target, "hold-output", 4, **common),
-        static_setup(target, "hold-x0", 5, **common),
-        static_setup(target, "hold-x0", 4, **common, guidance_scale=1.5),
-        static_setup(target, "hold-x0", 4, **{**common, "class_labels": [1, 2, 3]}),
-        static_setup(target, "hold-x0", 4, **{**common, "process": ReverseProcess.ddpm(8, variance="beta")}),
-    ]
-    assert len({id(Graphs.of(setup)) for setup in others} | {id(first)}) == 6
-    assert len(target.graphs) == 4  # and memory is bounded
-    target.transformer.pos_embed.proj.weight.data = target.transformer.pos_embed.proj.weight.data.clone()
-    assert Graphs.of(others[-1]) not in [Graphs.of(setup) for setup in others[:-1]]
-
-
-@pytest.mark.usefixtures("_rehearsed")
-def test_captured_ancestral_steps_change_no_bit_and_serve_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, process = free.as_target(GaussianModel()), ReverseProcess.ddpm(12)
-    for seed in ([1, 2, 3], [4, 5, 6]):
-        common: dict[str, Any] = {"shape": (5,), "process": process, "seed": seed, "return_trajectory": True}
-        expected = free.ancestral_sample(target, **common)
-        with monkeypatch.context() as patch:
-            patch.setattr(free.sampling.samplers, "wants_capture", lambda *_: True)
-            out = free.ancestral_sample(target, **common)
-        assert torch.equal(out.samples, expected.samples)
-        assert torch.equal(out.trajectory, expected.trajectory)
-        assert out.stats.seconds["round"] > 0
-        assert Rehearsal.made == 1
-
-
-@pytest.mark.parametrize("sample", [free.speculative_sample, free.ancestral_sample])
-def test_capture_that_cannot_be_is_refused(sample: Callable[..., Any]) -> None:
-    common: dict[str, Any] = {"shape": (3,), "num_inference_steps": 3, "seed": 0}
-    with pytest.raises(ValueError, match=r"capture is True, but the model runs on cpu: a graph needs CUDA"):
-        sample(GaussianModel(), capture=True, **common)
-    for wrong in ("yes", None, 1):
-        with pytest.raises(ValueError, match=r"capture is .*; allowed are 'auto', True and False"):
-            sample(GaussianModel(), capture=wrong, **common)
-    plain = sample(GaussianModel(), **common).samples
-    for allowed in ("auto", False):
-        assert torch.equal(sample(GaussianModel(), capture=allowed, **common).samples, plain)
-
-
-def test_what_is_capturable(dit: DiTTransformer2DModel) -> None:
-    assert free.as_target(dit).capturable
-    assert not free.as_target(GaussianModel()).capturable
-    assert all(as_drafter(name).capturable for name in free.drafters.DRAFTERS)
-    assert as_drafter(dit).capturable
-    assert not as_drafter(GaussianModel()).capturable
-    assert LinearDrafter.capturable
-    assert not Drafter.capturable
 
 
 # --- compiled models ----------------------------------------------------------------------------------------------------

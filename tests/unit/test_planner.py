@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,14 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
+import free.sampling.noise
 import free.sampling.planning
+import free.sampling.request
 import free.windows.timing
 from free import ReverseProcess, WindowPlan
-from free.windows import WINDOWS, AutoWindow, Experience, Known, RoundSeconds, expected_advance
+from free.sampling.request import Options, check_request
+from free.windows import WINDOWS, AutoWindow, Experience, Known, Measurements, RoundSeconds, expected_advance
+from free.windows.automatic import MOST_KEYS
 from tests.analytic import ElementwiseTarget
 from tests.unit.helpers import GaussianModel, Recorder
 
@@ -132,7 +137,7 @@ def test_wider_windows_are_timed_until_they_are_no_cheaper_a_state(monkeypatch: 
 
     monkeypatch.setattr(free.windows.timing, "_timed", timed)
     seconds = free.windows.timing.by_window(run, torch.device("cpu"), 64)
-    assert seconds == {1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0, 16: 11.0}
+    assert seconds == {1: 3.0, 2: 3.0, 4: 3.0, 8: 3.0, 16: 11.0, 32: 27.0}
     assert max(ran.values()) <= 8
     assert list(free.windows.timing.by_window(run, torch.device("cpu"), 3)) == [1, 2]
 
@@ -234,13 +239,14 @@ def test_a_planned_window_covers_where_the_rounds_under_way_may_have_led() -> No
 
 
 def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
-    plan = WindowPlan(np.array([4, 2, 1]), np.array([0.5, 0.25, 0.0]), {1: 0.5, 2: 0.75})
+    plan = WindowPlan(np.array([4, 2, 1]), np.array([0.5, 0.25, 0.0]), {1: 0.5, 2: 0.75}, frozenset({7, -(2**63)}))
     plan.save(tmp_path / "plan.json")
     again = WindowPlan.load(tmp_path / "plan.json")
     assert again.windows.tolist() == [4, 2, 1]
     assert again.acceptance.tolist() == [0.5, 0.25, 0.0]
     assert again.seconds == plan.seconds
-    for text in ("", "[]", "{}", '{"format": "other"}', '{"format": "free-dit window plan, 1", "windows": [0]}'):
+    assert again.keys == plan.keys
+    for text in ("", "[]", "{}", '{"format": "other"}', '{"format": "free-dit window plan, 2", "windows": [0]}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=r"bad\.json' holds no window plan"):
             WindowPlan.load(tmp_path / "bad.json")
@@ -274,3 +280,118 @@ def test_a_plan_from_the_statistics_of_an_earlier_run(dit: DiTTransformer2DModel
     rejected = free.plan_window(dit, num_inference_steps=20, statistics=stats)
     assert accepted.windows.max() > 1
     assert rejected.windows.max() == 1
+
+
+# --- no choice has seen the noise that it chooses for -------------------------------------------------------------------
+
+
+def test_pilots_draw_from_keys_of_their_own() -> None:
+    request = check_request(GaussianModel(), Options(shape=(3,), seed=[5, 5, -7]))
+    pilot = request.pilot()
+    assert len(set(pilot.keys)) == 3  # rows that share a key are apart
+    assert set(pilot.keys).isdisjoint(request.keys)
+    assert pilot.keys == request.pilot().keys
+    # nor are they a key that another seed derives for a row of its batch
+    derived = check_request(GaussianModel(), Options(shape=(3,), seed=5, num_samples=2000)).keys
+    assert set(pilot.keys).isdisjoint(derived)
+
+
+def test_what_is_measured_draws_no_noise_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a plan's pilot nor the timing nor a calibration: all noise is made by ``normal`` and ``uniform``."""
+    drawn: set[int] = set()
+
+    def watched(original: Any) -> Any:
+        def draw(seed: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            drawn.update(seed.flatten().tolist())
+            return original(seed, *args, **kwargs)
+
+        return draw
+
+    for module in (free.sampling.noise, free.sampling.request):
+        for name in ("normal", "uniform"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    common: dict[str, Any] = {"shape": (3,), "num_inference_steps": 8, "impl": "reference"}
+    keys = set(check_request(GaussianModel(), Options(shape=(3,), seed=7, num_samples=4)).keys)
+    free.plan_window(GaussianModel(), seed=7, num_samples=4, **common)
+    free.calibrate(GaussianModel(), seed=7, num_trajectories=4, **common)
+    assert drawn
+    assert drawn.isdisjoint(keys)
+    free.speculative_sample(GaussianModel(), seed=7, num_samples=4, **common)
+    assert keys <= drawn
+
+
+def test_a_plan_of_statistics_is_refused_for_their_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(free.sampling.planning, "_measure", lambda setup, graphs: FLAT)
+    model, common = GaussianModel(), {"shape": (3,), "num_inference_steps": 6}
+    stats = free.speculative_sample(model, seed=[1, 2], **common).stats
+    plan = free.plan_window(model, statistics=stats, **common)
+    plan.save(tmp_path / "plan.json")
+    # a run whose windows such a plan chose has met its samples too
+    after = free.plan_window(
+        model, statistics=free.speculative_sample(model, seed=[9], window=plan, **common).stats, **common
+    )
+    for one, seed in itertools.product((plan, WindowPlan.load(tmp_path / "plan.json"), after), ([2, 5], [1])):
+        with pytest.raises(ValueError, match=r"window is a plan that was made from statistics of samples of the same seed"):
+            free.speculative_sample(model, seed=seed, window=one, **common)
+    assert free.speculative_sample(model, seed=[3, 4], window=plan, **common).samples.isfinite().all()
+
+
+def test_automatic_windows_begin_anew_for_a_key_that_was_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free.sampling.planning, "_measure", lambda setup, graphs: FLAT)
+    made: list[Experience] = []
+    original = AutoWindow.__init__
+
+    def watched(schedule: AutoWindow, seconds: Any, experience: Experience, *args: Any) -> None:
+        made.append(experience)
+        original(schedule, seconds, experience, *args)
+
+    monkeypatch.setattr(AutoWindow, "__init__", watched)
+    model = GaussianModel()
+    for seed in ([1], [2], [1], [3, 2], [4, 4], [5], [4]):
+        free.speculative_sample(model, "hold-output", seed=seed, window="auto", shape=(3,), num_inference_steps=6)
+    pooled = made[0]
+    assert [one is pooled for one in made] == [True, True, False, False, True, True, False]
+    assert pooled.keys == {1, 2, 4, 5}
+    assert made[2].tested.sum() > 0  # it learned on the way, for itself
+
+
+def test_rows_of_one_key_get_windows_that_no_row_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free.sampling.planning, "_measure", lambda setup, graphs: FLAT)
+    out = free.speculative_sample(GaussianModel(), seed=[4, 4], window="auto", shape=(3,), num_inference_steps=STEPS)
+    assert out.stats.window == "auto"
+    assert len(out.stats.windows) == 1
+
+
+def test_experience_has_a_bound() -> None:
+    experience = Experience.none(3)
+    assert experience.admit(range(MOST_KEYS))
+    experience.tested += 1
+    assert not experience.admit([0])
+    assert experience.admit([-1])
+    assert experience.keys == {-1}
+    assert experience.tested.sum() == 0
+
+
+def test_a_measurement_is_made_again_and_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(free.windows.timing.time, "perf_counter", lambda: now[0])
+    taken = iter([[1.0, 9.0], [1.1, 1.5, 3.0], [1.2, 2.0], [1.3, 2.5]])
+    made: list[float] = []
+
+    def measure() -> RoundSeconds:
+        seconds = np.array(next(taken))
+        made.append(now[0])
+        now[0] += 1.0
+        return RoundSeconds(np.array([1.0, 2.0, 4.0])[: len(seconds)], seconds)
+
+    measurements = Measurements()
+    assert measurements.latest(measure).seconds.tolist() == [1.0, 9.0]
+    assert measurements.latest(measure).seconds.tolist() == [1.0, 9.0]
+    now[0] = 60.0
+    assert measurements.latest(measure).seconds.tolist() == [1.0, 1.5, 3.0]
+    now[0] = 120.0
+    measurements.latest(measure)
+    now[0] = 180.0  # the first is forgotten
+    assert measurements.latest(measure).seconds.tolist() == [1.1, 1.5, 3.0]
+    assert made == [0.0, 60.0, 120.0, 180.0]

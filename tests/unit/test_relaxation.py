@@ -14,7 +14,9 @@ from diffusers import DiTTransformer2DModel
 from scipy import integrate, stats
 
 import free
+from free.sampling.confidence import mean_limit, total_variation_limit
 from free.sampling.relaxation import DraftedSteps, divergence, excess_acceptance, relaxed_acceptance
+from free.sampling.request import Options, check_request
 from free.sampling.statistics import total_variation
 from free.sampling.variance import average_learned_variance
 from tests.analytic import ElementwiseTarget
@@ -84,6 +86,30 @@ def test_the_bound_is_the_least_of_three() -> None:
     assert math.isnan(total_variation(few[:1], many[:1])[1])
 
 
+def test_the_limit_is_of_what_is_known() -> None:
+    zero, none = np.zeros(100), np.zeros(100, np.int64)
+    assert total_variation_limit(zero, zero, none, 0.0) == 0
+    # none of 100: the two risks are 4 % and 1 %
+    assert total_variation_limit(zero, zero, none, math.inf) == pytest.approx(1 - 0.04**0.01)
+    assert total_variation_limit(zero, zero, none, 0.05) == pytest.approx(0.05 * (1 - 0.04**0.01))
+    # every sample saved a rejection, but their divergences are small: Pinsker's of 0.02 nats, and of few samples more
+    every, little = np.ones(100_000, np.int64), np.full(100_000, 0.02)
+    assert total_variation_limit(np.ones(100_000), little, every, math.inf) == pytest.approx(0.1, abs=0.005)
+    assert 0.3 < total_variation_limit(np.ones(50), little[:50], every[:50], math.inf) < 0.5
+    assert total_variation_limit(np.ones(50), np.full(50, 5.0), every[:50], math.inf) == 1
+    assert total_variation_limit(np.full(50, 0.2 + 1e-12), np.full(50, 5.0), every[:50], 0.2) == 0.2
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_the_limit_of_a_mean_is_where_hoeffdings_bound_is_the_risk(count: int) -> None:
+    for mean in (0.0, 0.02, 0.5, 0.9):
+        limit = mean_limit(np.full(count, mean), 0.04)
+        assert mean < limit < 1
+        heads = mean * math.log(mean / limit) if mean else 0.0
+        assert count * (heads + (1 - mean) * math.log((1 - mean) / (1 - limit))) == pytest.approx(-math.log(0.04))
+    assert mean_limit(np.ones(count), 0.04) == 1
+
+
 # --- exact where it must be ---------------------------------------------------------------------------------------------
 
 
@@ -106,7 +132,12 @@ def test_tau_of_one_is_exact_to_the_bit(relaxation: free.Relaxation) -> None:
     for stats_ in (exact.stats, output.stats):
         assert stats_.total_variation_bound == stats_.total_variation_error == 0
         assert stats_.excess_acceptance.tolist() == stats_.divergence.tolist() == [0.0] * 4
-    assert "off the exact law" not in output.stats.summary()
+        assert stats_.saved_rejections.tolist() == [0] * 4
+    # that it may spend nothing is known beforehand, or only that four samples spent nothing
+    known = relaxation.strength == 0 or relaxation.budget == 0
+    assert exact.stats.total_variation_limit == 0
+    assert output.stats.total_variation_limit == (0 if known else pytest.approx(1 - 0.04 ** (1 / 4)))
+    assert ("off the exact law" in output.stats.summary()) == (not known)
 
 
 def test_a_window_of_one_tests_nothing() -> None:
@@ -121,10 +152,15 @@ def test_relaxation_accepts_more_and_says_so() -> None:
     assert relaxed.parallel_efficiency > 1.2 * exact.parallel_efficiency
     assert relaxed.acceptance_rate > exact.acceptance_rate
     assert 0 < relaxed.total_variation_bound <= 1
-    assert "off the exact law" in relaxed.summary()
+    assert 0 < relaxed.total_variation_limit <= 1
+    limit = f"; with 95% confidence at most {relaxed.total_variation_limit:.3g}"
+    assert any(line.startswith("off the exact law") and line.endswith(limit) for line in relaxed.summary().splitlines())
     words = relaxed.to_dict()
     assert words["total_variation_bound"] == relaxed.total_variation_bound
+    assert words["total_variation_limit"] == relaxed.total_variation_limit
     assert words["excess_acceptance"] == relaxed.excess_acceptance.tolist()
+    assert words["saved_rejections"] == relaxed.saved_rejections.tolist()
+    assert relaxed.saved_rejections.sum() > 0
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
@@ -150,6 +186,7 @@ def test_no_sample_spends_more_than_its_budget(budget: float, drafter: str) -> N
     assert (free_of_it.excess_acceptance > 0.2).any()
     assert (held.excess_acceptance <= budget * (1 + 1e-9)).all()
     assert held.total_variation_bound <= budget * (1 + 1e-9)
+    assert held.excess_acceptance.mean() < held.total_variation_limit <= budget
     assert budget < 0.2 or (held.excess_acceptance > 0).all()
     if budget == 1.0:
         assert (held.excess_acceptance > 0.8 * np.minimum(budget, free_of_it.excess_acceptance)).mean() > 0.3
@@ -196,21 +233,26 @@ def test_rejection_is_a_mean_over_earlier_tests_that_fades() -> None:
 
     def verification(squared_norm: list[float], advance: int, rejected: bool) -> Verification:
         norms = torch.tensor([squared_norm])
-        state = torch.zeros(1, 1)
-        return Verification(state, torch.tensor([advance]), torch.tensor([rejected]), norms, norms)
+        state, log_ratio = torch.zeros(1, 1), torch.full_like(norms, math.log(0.5))
+        return Verification(state, torch.tensor([advance]), torch.tensor([rejected]), log_ratio, norms)
 
     def rejects(norm: float) -> float:
         return 1 - 2 * float(stats.norm.cdf(-norm / 2))
 
     tau = torch.tensor([[1.0, 0.5, 0.25]])
+    low, high = torch.tensor([[0.4] * 4]), torch.tensor([[0.6] * 4])  # an exact test accepts below 0.5
     ledger = Ledger.empty(1, torch.device("cpu"))
-    ledger = ledger.settle(tau, verification([1.0, 4.0, math.nan], 2, True))  # two tests, the second rejected
+    ledger = ledger.settle(tau, verification([1.0, 4.0, math.nan], 2, True), high)  # two tests, the second rejected
     assert ledger.rejection[0].tolist() == pytest.approx([rejects(1) + rejects(2), 2.0])
-    ledger = ledger.settle(tau, verification([9.0, math.inf, math.nan], 2, False))  # one test, then the exact last step
+    ledger = ledger.settle(tau, verification([9.0, math.inf, math.nan], 2, False), low)  # one test, then the exact last step
     assert ledger.rejection[0].tolist() == pytest.approx([(rejects(1) + rejects(2)) / 2 + rejects(3), 2.0])
     assert ledger.spent[0].tolist() == pytest.approx(
-        [cost(torch.tensor(4.0), 0.5).item() for cost in (excess_acceptance, divergence)]
+        [*(cost(torch.tensor(4.0), 0.5).item() for cost in (excess_acceptance, divergence)), 0]
     )
+    # of three accepted drafts the first had an exact test, and the others are saved where such a one would have rejected
+    accepted = verification([1.0, 4.0, 4.0], 4, False)
+    assert ledger.settle(tau, accepted, high).spent[0, 2] == 2
+    assert ledger.settle(tau, accepted, low).spent[0, 2] == 0
 
 
 def drafted_steps(process: free.ReverseProcess, share: torch.Tensor, step: torch.Tensor) -> DraftedSteps:
@@ -288,8 +330,9 @@ def test_average_learned_variance(make_dit: MakeDiT) -> None:
     assert variance.dtype == torch.float64
     posterior, beta = (free.ReverseProcess.ddpm(steps, variance=name).std.double() ** 2 for name in ("posterior", "beta"))
     process = free.ReverseProcess.ddpm(steps, variance="geometric")
+    pilot = check_request(model, Options(class_labels=[0, 3], seed=5)).pilot()
     trajectory = free.ancestral_sample(
-        model, class_labels=[0, 3], seed=5, process=process, return_trajectory=True
+        model, class_labels=[0, 3], seed=pilot.keys, process=process, return_trajectory=True
     ).trajectory  # fmt: skip
     assert trajectory is not None
     for k in range(steps - 1):

@@ -1,0 +1,132 @@
+"""What makes two calls alike, so that what one of them recorded serves the other; and the tensors that a recording reads."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from itertools import chain
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdRef
+
+from free.drafters import Drafter
+from free.targets import Target
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+_SEQUENCES = (list, tuple)
+_LEAVES = (*_PLAIN, type, ModuleType, FunctionType, MethodType)
+
+
+def alike(value: Any) -> Hashable:
+    """Equal for values that are the same to a graph, which has baked in numbers and addresses.
+
+    Numbers and words are equal by value, tensors by their place, modules by who they are and where their weights are. So are
+    drafters and targets, by their public attributes: what an object begins with an underscore it made for itself. A drafter
+    that is put together of numbers, other drafters and models is like another of the same parts; one that holds more is only
+    like itself, as what it holds may be what it has learned. The result keeps no model and no drafter alive.
+    """
+    return _alike(value, ())
+
+
+def _alike(value: Any, above: tuple[int, ...]) -> Hashable:
+    if isinstance(value, _PLAIN):
+        return type(value).__name__, value
+    if id(value) in above:
+        return "one of those above"
+    above = (*above, id(value))
+    if isinstance(value, torch.Tensor):
+        return place(value)
+    if isinstance(value, torch.nn.Module):
+        settings = _attributes(value, above) if isinstance(value, Drafter) else ()
+        return _identity(value), weights(value), settings
+    if isinstance(value, Target):
+        return who_is(value, above), weights(value.module)
+    if isinstance(value, Drafter):
+        who = _identity(type(value)) if all(map(_is_part, vars(value).values())) else _identity(value)
+        return who, value.name, _attributes(value, above)
+    if isinstance(value, Mapping):
+        return tuple((_alike(name, above), _alike(entry, above)) for name, entry in value.items())
+    if isinstance(value, _SEQUENCES):
+        return tuple(_alike(entry, above) for entry in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _identity(type(value)), *(_alike(getattr(value, field.name), above) for field in fields(value))
+    if isinstance(value, MethodType):  # each look at one is another object
+        return _identity(value.__func__), _alike(value.__self__, above)
+    return _identity(value)
+
+
+def who_is(target: Target, above: tuple[int, ...] = ()) -> Hashable:
+    """A target as :func:`alike` sees it, wherever its model's weights are."""
+    model = _alike(target.model, above) if target.module is None else _identity(target.model)
+    return _identity(type(target)), model, _attributes(target, above, target.model, target.module)
+
+
+def _attributes(value: Any, above: tuple[int, ...], *left_out: Any) -> tuple[Hashable, ...]:
+    """The public ones, described, but for those that are said elsewhere."""
+    return tuple(
+        (name, _alike(entry, above))
+        for name, entry in vars(value).items()
+        if not name.startswith("_") and not any(entry is one for one in left_out if one is not None)
+    )
+
+
+def _is_part(value: Any) -> bool:
+    """Whether it says all of itself in :func:`alike`."""
+    if isinstance(value, Mapping):
+        value = (*value, *value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_part, value))
+    return isinstance(value, (*_PLAIN, Drafter, Target))
+
+
+def _identity(value: Any) -> Hashable:
+    """Equal for one and the same object, also when another has its address; never for what cannot be referred to weakly."""
+    try:
+        return WeakIdRef(value)
+    except TypeError:
+        return object()
+
+
+def place(tensor: torch.Tensor) -> Hashable:
+    """Where a tensor's numbers are, and how they are to be read."""
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others, as quantised weights are
+        return tuple(place(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr()
+
+
+def weights(module: torch.nn.Module | None) -> tuple[Hashable, ...]:
+    """Where a module's parameters and buffers are, in their order: a graph reads them there."""
+    return () if module is None else tuple(map(place, chain(module.parameters(), module.buffers())))
+
+
+def tensors_of(*values: Any) -> dict[Hashable, torch.Tensor]:
+    """All tensors that can be reached from ``values``, by their places: through containers, dataclasses, modules, targets
+    and drafters, private attributes included, and through whatever else a drafter holds. What a model or a target knows
+    beside modules and tensors is left alone: it may be whoever trains it.
+    """
+    found: dict[Hashable, torch.Tensor] = {}
+    seen: dict[int, Any] = {}
+    left: list[tuple[Any, bool]] = [(value, True) for value in values]
+    while left:
+        value, into_others = left.pop()
+        if isinstance(value, _LEAVES) or id(value) in seen:
+            continue
+        seen[id(value)] = value  # an id counts for as long as its owner is there
+        within: Iterable[Any] = ()
+        if isinstance(value, torch.Tensor):
+            found[place(value)] = value.detach()
+        elif isinstance(value, Mapping):
+            within = value.values()
+        elif isinstance(value, (*_SEQUENCES, set, frozenset)):
+            within = value
+        elif isinstance(value, (torch.nn.Module, Target)):
+            within, into_others = vars(value).values(), isinstance(value, Drafter)
+        elif is_dataclass(value):
+            within = (getattr(value, field.name) for field in fields(value))
+        elif into_others:
+            within = getattr(value, "__dict__", {}).values()
+        left += [(entry, into_others) for entry in within]
+    return found

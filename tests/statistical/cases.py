@@ -1,0 +1,280 @@
+"""Configurations of :func:`free.speculative_sample` whose chains are looked at, and the drafters that only tests use."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import free
+from free.drafters import Anchor, Situation, StepDrafter
+from free.sampling.relaxation import DraftedSteps
+from tests.analytic import CliffTarget, GaussianTarget, MixtureTarget, ShiftedModel, VelocityTarget, turning_direction
+from tests.featured import WIDTH, FeaturedTarget, feature_drafter
+from tests.statistical.laws import unit
+
+DIM = 6
+
+
+class LeaningDrafter(StepDrafter):
+    """A legal draft that leans on the anchor as hard as it can: |delta| = 1.5 from here towards the anchor's state.
+
+    An anchor at step k+1 lies where the noise of step k threw it, and this draft would point along that noise.
+    """
+
+    name = "leaning"
+
+    def __init__(self, model: Callable[..., torch.Tensor], norm: float = 1.5) -> None:
+        self.model, self.norm = model, norm
+
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        process = situation.process
+        output = self.model(state, process.timestep[step], **self.conditioning(situation))
+        towards = self.towards(situation.anchor(step), state, output)
+        towards = torch.where(towards.norm(dim=-1, keepdim=True) > 1e-6, towards, turning_direction(state))
+        scale = self.gap(situation) * (process.std / process.model_coef)[step]
+        return output + scale[:, None] * unit(towards)
+
+    def conditioning(self, situation: Situation) -> dict[str, Any]:
+        return situation.conditioning
+
+    def towards(self, anchor: Anchor, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """[B, D], from the state and the target's output there."""
+        return anchor.state - state
+
+    def gap(self, situation: Situation) -> torch.Tensor:
+        """|delta| of each sample's drafts, [B]."""
+        return torch.full_like(situation.state[:, 0], self.norm)
+
+
+class FeatureLeaningDrafter(LeaningDrafter):
+    """The same, from the target's output here towards the one that the anchor's feature tells of."""
+
+    name = "leaning on the feature"
+    needs_features = True
+
+    def __init__(self, model: Callable[..., torch.Tensor]) -> None:
+        super().__init__(model)
+        self.decode = torch.linalg.pinv(FeaturedTarget(model).projection)  # [WIDTH, D]
+
+    def conditioning(self, situation: Situation) -> dict[str, Any]:
+        return {}  # the label, which the model inside does not know of
+
+    def towards(self, anchor: Anchor, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        assert anchor.feature is not None
+        return anchor.feature.flatten(1) @ self.decode.to(state) - output
+
+
+class UnevenDrafter(LeaningDrafter):
+    """The same for every other key, and the target itself for those between: neighbours in a batch are soon far apart."""
+
+    name = "uneven"
+
+    def gap(self, situation: Situation) -> torch.Tensor:
+        return self.norm * (situation.seed % 2).to(situation.state)
+
+
+class CliffDrafter(StepDrafter):
+    """A legal draft that tells how fresh its anchor is, and a path that ends at the edge of the target's cliff.
+
+    The first draft of a window is 1.5 off, to one side from an anchor of its own step and to the other from an older one.
+    The next have their means on the edge, so that the noise of the step decides whether the target overflows at the state it
+    leads to. A sampler that lets go of an anchor for what a later state of its window was lets that noise pick the side.
+    """
+
+    name = "over the cliff"
+
+    def __init__(self, model: CliffTarget) -> None:
+        self.model = model
+
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        process = situation.process
+        output = self.model(state, process.timestep[step], **situation.conditioning)
+        fresh = situation.anchor(step).step == step
+        side = torch.where(fresh, 1.5, -1.5) * (process.std / process.model_coef)[step]
+        edge = (self.model.cliff - process.state_coef[step] * state[:, 0]) / process.model_coef[step]
+        output[:, 0] = torch.where(step == situation.step, output[:, 0] + side, edge)
+        return output
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of :func:`free.speculative_sample`."""
+
+    target: str
+    drafter: str
+    window: int
+    samples: int = 10_000
+    steps: int = 10
+    guidance_scale: float = 1.0
+    clip: float | None = None
+    seed: int = 1
+    shape: tuple[int, ...] = (DIM,)
+    """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
+    table: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of :meth:`free.ReverseProcess.ddpm`."""
+    calls: int = 1
+    """Calls of the sampler that the samples are spread over."""
+    centers: int = 0
+    """How many conditionings there are, which the rows take in turn; 0 is none. Guided cases have one at least."""
+    relaxation: tuple[float, float | None] | None = None
+    """Strength and budget, every step as uncertain as can be."""
+
+
+def make_target(case: Case) -> Any:
+    gaussian = {"gaussian": GaussianTarget, "velocity": VelocityTarget, "cliff": CliffTarget}
+    if case.target in gaussian:
+        return gaussian[case.target].example(DIM)
+    return MixtureTarget.example(DIM, ill_conditioned=case.target == "ill-conditioned")
+
+
+def centers(case: Case) -> torch.Tensor | None:
+    """The conditionings [C, D] that row i has number i % C of, so that the sample has C closed-form laws; None without."""
+    count = max(case.centers, int(case.guidance_scale != 1.0))
+    if not count:
+        return None
+    others = 0.8 * torch.randn(count - 1, DIM, generator=torch.Generator().manual_seed(12))
+    return torch.cat((torch.linspace(0.6, -0.4, DIM)[None], others))
+
+
+def make_process(case: Case) -> free.ReverseProcess:
+    clipping = {} if case.clip is None else {"clip_sample": True, "clip_sample_range": case.clip}
+    return free.ReverseProcess.ddpm(case.steps, **clipping, **case.table)
+
+
+def uneven_variance(steps: int, without_noise: int) -> torch.Tensor:
+    """The posterior's variances times 0.6 … 1.5, and 0 at one step in the middle."""
+    variance = free.ReverseProcess.ddpm(steps).std.double().square() * torch.linspace(0.6, 1.5, steps)
+    variance[without_noise] = 0
+    return variance
+
+
+def make_relaxation(case: Case) -> free.Relaxation | None:
+    def everywhere(drafted: DraftedSteps) -> torch.Tensor:
+        return torch.ones(drafted.step.shape, device=drafted.step.device)
+
+    return None if case.relaxation is None else free.Relaxation(case.relaxation[0], everywhere, case.relaxation[1])
+
+
+def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: str = "cpu") -> Any:
+    """The case's drafter on ``device``, or its name where the package knows it."""
+    if case.drafter == "shifted" and case.guidance_scale != 1.0:
+        # the bad model is guided as the target is; one standard deviation of the guided output stays one
+        null = {"center": torch.zeros(DIM)}
+        return free.ModelDrafter(free.as_target(ShiftedModel(model, process), null_conditioning=null))
+    makers: dict[str, Callable[[], Any]] = {
+        "shifted": lambda: ShiftedModel(model, process),
+        "twice shifted": lambda: ShiftedModel(model, process, 2.0),
+        "leaning": lambda: LeaningDrafter(model),
+        "leaning on the feature": lambda: FeatureLeaningDrafter(model),
+        "uneven": lambda: UnevenDrafter(model),
+        "over the cliff": lambda: CliffDrafter(model),
+        "linear": lambda: random_linear(case),
+        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1).to(device),
+        "feature, untrained, two sweeps": lambda: feature_drafter(None, 2).to(device),
+        "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0).to(device),
+        "the paper's, untrained": lambda: feature_drafter(None, 0).to(device),
+        "feature, trained": lambda: copy.deepcopy(trained_drafter(case.target, case.steps)).to(device),
+        "fresh hold-x0": lambda: free.Fresh(free.HoldX0()),
+    }
+    return makers[case.drafter]() if case.drafter in makers else case.drafter
+
+
+def random_linear(case: Case) -> free.LinearDrafter:
+    """A linear drafter that fits the case and nothing else: coefficients at random, beyond 0 and 1 too."""
+    generator = torch.Generator().manual_seed(case.seed)
+    bands = 4 if len(case.shape) == 3 else 1
+    weight = 1.8 * torch.rand(case.steps, 3, bands, generator=generator) - 0.4
+    return free.LinearDrafter(weight, make_process(case).timestep, case.shape, gap_edges=(1, 3))
+
+
+@functools.cache
+def trained_drafter(target: str, steps: int) -> free.FeatureDrafter:
+    """A FeatureDrafter after a few dozen rounds of training on what its own windows visit."""
+    from free.training.examples import VisitedWindows
+    from free.training.loss import drafter_loss
+
+    torch.manual_seed(0)
+    featured, process = FeaturedTarget(make_target(Case(target, "", 8))), free.ReverseProcess.ddpm(steps)
+    drafter = free.FeatureDrafter(1, WIDTH, DIM, 1, 1)
+    visited = VisitedWindows(featured, process, 1.0, window=8, pool=64)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
+    for _ in range(150):
+        examples = visited.draw(drafter, lambda: torch.randn(64, DIM, 1, 1), torch.zeros(64, dtype=torch.int64))
+        optimizer.zero_grad()
+        drafter_loss(drafter, examples)["loss"].backward()
+        optimizer.step()
+    return drafter.eval()
+
+
+def shaped(model: Any, shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
+    """A model of samples [DIM] as one of samples of ``shape``."""
+
+    def reshaped(x: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        return model(x.flatten(1), timestep, **conditioning).unflatten(1, shape)
+
+    return reshaped
+
+
+CASES: dict[str, Case] = {
+    "gaussian, shifted, W=2": Case("gaussian", "shifted", 2),
+    "gaussian, shifted, W=4": Case("gaussian", "shifted", 4, seed=2),
+    "gaussian, shifted, W=8, guided": Case("gaussian", "shifted", 8, guidance_scale=1.5, seed=3),
+    "gaussian, leaning, W=4": Case("gaussian", "leaning", 4, seed=4),
+    "gaussian, hold-x0, W=8": Case("gaussian", "hold-x0", 8, seed=5),
+    "gaussian, hold-output, W=4": Case("gaussian", "hold-output", 4, seed=6),
+    "gaussian, hold-x0, W=4, guided": Case("gaussian", "hold-x0", 4, guidance_scale=2.0, seed=7),
+    "mixture, hold-x0, W=4": Case("mixture", "hold-x0", 4, steps=20, samples=6000, seed=8),
+    "mixture, hold-output, W=8": Case("mixture", "hold-output", 8, seed=9),
+    "ill-conditioned, hold-x0, W=8": Case("ill-conditioned", "hold-x0", 8, seed=10),
+    "ill-conditioned, shifted, W=4": Case("ill-conditioned", "shifted", 4, seed=11),
+    "mixture, hold-x0, W=4, clipped": Case("mixture", "hold-x0", 4, clip=0.8, seed=12),
+    "mixture, shifted, W=8, clipped": Case("mixture", "shifted", 8, clip=0.8, seed=13),
+    "gaussian, linear, W=4": Case("gaussian", "linear", 4, seed=14, shape=(1, 2, 3)),
+    "gaussian, linear, W=8, guided": Case("gaussian", "linear", 8, guidance_scale=2.0, seed=15),
+    "mixture, linear, W=8, clipped": Case("mixture", "linear", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
+    **{
+        f"{target}, {drafter}, W={window}{', clipped' if clip else ''}": Case(
+            target, drafter, window, clip=clip, seed=17 + i, shape=FeaturedTarget.sample_shape
+        )
+        for i, (target, drafter, window, clip) in enumerate(
+            (
+                ("gaussian", "feature, untrained, one sweep", 4, None),
+                ("mixture", "feature, untrained, two sweeps", 8, 0.8),
+                ("gaussian", "feature, untrained, walking", 4, None),
+                ("gaussian", "the paper's, untrained", 4, None),
+                ("ill-conditioned", "feature, trained", 8, None),
+                ("gaussian", "fresh hold-x0", 4, None),
+            )
+        )
+    },
+    "gaussian, hold-x0, W=4, eta 0.6": Case("gaussian", "hold-x0", 4, table={"eta": 0.6}, seed=30),
+    "gaussian, leaning, W=4, stochasticity 1.3": Case("gaussian", "leaning", 4, table={"stochasticity": 1.3}, seed=31),
+    "velocity, hold-x0, W=4, variance beta": Case(
+        "velocity", "hold-x0", 4, table={"prediction_type": "v_prediction", "variance": "beta"}, seed=32
+    ),
+    "mixture, hold-output, W=4, clipped, eta 0.5": Case("mixture", "hold-output", 4, clip=0.8, table={"eta": 0.5}, seed=33),
+    "gaussian, leaning, W=6, given variance, 0 at step 4": Case(
+        "gaussian", "leaning", 6, table={"variance": uneven_variance(10, 4)}, seed=34
+    ),
+    "gaussian, leaning, W=4, rows of their own": Case("gaussian", "leaning", 4, centers=5, seed=35),
+    "gaussian, hold-x0, W=4, guided, rows of their own": Case(
+        "gaussian", "hold-x0", 4, guidance_scale=1.5, centers=7, seed=36
+    ),
+    "cliff, over the cliff, W=3": Case("cliff", "over the cliff", 3, seed=37),
+    "gaussian, hold-x0, W=8, one by one": Case("gaussian", "hold-x0", 8, steps=44, samples=100, calls=100, seed=38),
+    "gaussian, uneven, W=4, two by two": Case("gaussian", "uneven", 4, steps=48, samples=60, calls=30, seed=39),
+    "gaussian, leaning on the feature, W=4": Case(
+        "gaussian", "leaning on the feature", 4, seed=42, shape=FeaturedTarget.sample_shape
+    ),
+}
+
+RELAXED: dict[str, Case] = {
+    "tau 0.02": Case("gaussian", "twice shifted", 8, samples=6000, steps=9, relaxation=(-math.log(0.02), None), seed=40),
+    "within a budget": Case("gaussian", "leaning", 8, samples=4000, steps=9, relaxation=(2.0, 0.4), seed=41),
+}
