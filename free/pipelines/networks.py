@@ -19,6 +19,8 @@ _ROUNDING = 2.0**-7
 """Between one order of operations and another, in the coarsest dtype."""
 _WITHOUT_ROWS = ("image_rotary_emb", "freqs_cis", "ip_adapter_masks", "rope_interpolation_scale")
 """Arguments of one value for all samples, whatever their shape."""
+_ROWS_SECOND = ("encoder_hidden_states_llama3",)
+"""Arguments [layers, samples, ...]."""
 _POSITIONS = ("img_ids", "txt_ids")
 """Positions of tokens: [tokens, axes] for all samples, or [samples, tokens, axes]."""
 
@@ -119,6 +121,8 @@ class Network:
                 return plain(values)
             if name in _POSITIONS and values.dim() < 3:
                 return values
+            if name in _ROWS_SECOND and values.dim() > 1 and values.shape[1] == groups * layout.batch * inner:
+                return values[:, layout.index(groups, inner).to(values.device)]
             if values.dim() and values.shape[0] == groups * layout.batch * inner:
                 return values[layout.index(groups, inner).to(values.device)]
             return values

@@ -23,6 +23,7 @@ from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
 from free.processes import ReverseProcess
 from free.sampling.relaxation import Relaxation
+from free.sampling.sharing import exclusively
 from free.sampling.statistics import SamplingStatistics
 from free.windows import Schedule
 
@@ -132,7 +133,7 @@ class Speculation:
         self.scheduler = driven(own, self)
         steps = own.config.get("num_train_timesteps", 1000)
         self.interrupted = False
-        with ExitStack() as during:
+        with exclusively(pipe, self.drafter, *networks.values()), ExitStack() as during:
             self._bound, self._own_scheduler = bound, own
             during.callback(self._end_call)
             # not by setattr, which would enter it into the pipeline's configuration
@@ -170,6 +171,7 @@ class Speculation:
                 stats.total_seconds = time.perf_counter() - begin
                 stats.seconds["target"] = stats.total_seconds - stats.seconds["draft"] - stats.seconds["verification"]
                 stats.sampler = self._sampler
+                stats.keys = self.schedule.keys.union(loop.run.setup.request.keys)
                 self.history.append(stats)
         finally:
             self._loop = None
