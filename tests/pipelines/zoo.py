@@ -9,7 +9,7 @@ import warnings
 import torch
 
 import free
-from tests.pipelines import images  # noqa: F401
+from tests.pipelines import conditioned, images, videos  # noqa: F401
 from tests.pipelines.parts import CASES
 
 if __name__ == "__main__":
