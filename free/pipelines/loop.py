@@ -118,7 +118,7 @@ class Loop:
         if output.shape != sample.shape:
             raise UnsupportedPipelineError(
                 f"scheduler.step is given an output of shape {tuple(output.shape)} for a sample of {tuple(sample.shape)}: "
-                "they must agree (a scheduler of learned variance cannot be speculated)"
+                "the pipeline works with a fixed number of rows, or with a learned variance, and cannot be speculated"
             )
         rows = len(sample) // self.plan.copies
         if self.run is None:

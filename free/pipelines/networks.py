@@ -123,7 +123,11 @@ class Network:
                 return values
             if name in _ROWS_SECOND and values.dim() > 1 and values.shape[1] == groups * layout.batch * inner:
                 return values[:, layout.index(groups, inner).to(values.device)]
-            if values.dim() and values.shape[0] == groups * layout.batch * inner:
+            rows = groups * layout.batch
+            if name == "encoder_hidden_states" and values.dim() and values.shape[0] % rows == 0:
+                # a prompt a frame where the network makes rows of frames
+                return values[layout.index(groups, values.shape[0] // rows).to(values.device)]
+            if values.dim() and values.shape[0] == rows * inner:
                 return values[layout.index(groups, inner).to(values.device)]
             return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,15 @@ def process_of(scheduler: Any, options: ProcessOptions) -> tuple[ReverseProcess,
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         try:
-            process = ReverseProcess.from_scheduler(scheduler, None, **given)
+            inverted = bool(scheduler.config.get("invert_sigmas"))
+            process = ReverseProcess.from_scheduler(_upright(scheduler) if inverted else scheduler, None, **given)
+            if inverted:  # the network tells the way to the data, where a flow's tells the way to noise
+                process = replace(
+                    process,
+                    timestep=scheduler.timesteps.cpu().clone(),
+                    model_coef=-process.model_coef,
+                    x0_model_coef=-process.x0_model_coef,
+                )
         except ValueError as error:
             raise UnsupportedPipelineError(f"scheduler: {error}") from error
     if getattr(process, "memory", None) is not None:
@@ -59,3 +67,15 @@ def process_of(scheduler: Any, options: ProcessOptions) -> tuple[ReverseProcess,
     words = [str(warning.message) for warning in said if warning.category is UserWarning]
     asked = "".join(f", {name} {value}" for name, value in given.items() if not isinstance(value, torch.Tensor))
     return process, "; ".join(words) or type(scheduler).__name__ + asked
+
+
+def _upright(scheduler: Any) -> Any:
+    """A flow scheduler whose levels rise to the data, as one whose levels fall to it."""
+    from diffusers.configuration_utils import FrozenDict
+
+    upright: Any = object.__new__(type(scheduler))
+    upright.__dict__.update(scheduler.__dict__)
+    upright._internal_dict = FrozenDict({**scheduler.config, "invert_sigmas": False})
+    upright.sigmas = 1 - scheduler.sigmas
+    upright.timesteps = upright.sigmas[:-1] * scheduler.config.num_train_timesteps
+    return upright

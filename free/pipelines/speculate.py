@@ -80,6 +80,11 @@ def speculate(
             "use 'hold-x0' or another that leans on outputs only"
         )
     if seed is not None:
-        seed = [int(key) for key in seed]
+        if not isinstance(seed, (list, tuple)) or not seed:
+            raise ValueError(f"seed is {seed!r}; allowed are ints, one a sample of each call, or None")
+        wrong = next((key for key in seed if isinstance(key, bool) or not isinstance(key, int)), None)
+        if wrong is not None:
+            raise ValueError(f"seed holds {wrong!r}; allowed are ints, one a sample")
+        seed = [(key + 2**63) % 2**64 - 2**63 for key in seed]
     options = ProcessOptions(variance, stochasticity, eta)
     return Speculation(pipe, schedule, drafter, relaxation, seed, options, impl)

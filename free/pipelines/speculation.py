@@ -30,6 +30,9 @@ from free.windows import Schedule
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_DIT_GUIDANCE = 4.0
+"""The default of ``DiTPipeline``."""
+
 
 class Speculation:
     """A pipeline whose calls are speculated until :meth:`remove`; made by :func:`free.speculate`.
@@ -64,7 +67,7 @@ class Speculation:
         self._own_scheduler: Any = None
         self._loop: Loop | None = None
         self._networks: list[Network] = []
-        self._bound: inspect.BoundArguments | None = None
+        self._arguments: dict[str, Any] = {}
         self._sampler = ""
         self._said: set[str] = set()
         self._own_class: type | None = type(pipe)
@@ -101,9 +104,10 @@ class Speculation:
         @functools.wraps(own.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(pipe, *args, **kwargs)
-            check_arguments(bound.arguments)
+            arguments = _by_name(bound)
+            check_arguments(arguments)
             watch_call(bound, self)
-            with self.calling(bound):
+            with self.calling(arguments):
                 return own.__call__(*bound.args, **bound.kwargs)
 
         members: dict[str, Any] = {
@@ -118,9 +122,9 @@ class Speculation:
         self.pipe.__class__ = type(own.__name__, (own,), members)
 
     @contextmanager
-    def calling(self, bound: inspect.BoundArguments) -> Iterator[None]:
+    def calling(self, arguments: dict[str, Any]) -> Iterator[None]:
         """The context of one call: the scheduler and the networks are the pipeline's own again when it ends."""
-        if self._bound is not None:
+        if self._own_scheduler is not None:
             raise RuntimeError(
                 "pipe is being called by somebody else; calls of a speculated pipeline go one after the other"
             )
@@ -134,7 +138,7 @@ class Speculation:
         steps = own.config.get("num_train_timesteps", 1000)
         self.interrupted = False
         with exclusively(pipe, self.drafter, *networks.values()), ExitStack() as during:
-            self._bound, self._own_scheduler = bound, own
+            self._arguments, self._own_scheduler = arguments, own
             during.callback(self._end_call)
             # not by setattr, which would enter it into the pipeline's configuration
             during.callback(pipe.__dict__.__setitem__, "scheduler", own)
@@ -194,7 +198,7 @@ class Speculation:
         """How often the samples are in the latents: the class-conditional DiT's guidance doubles them before the loop."""
         from diffusers import DiTPipeline
 
-        guided = isinstance(self.pipe, DiTPipeline) and self._argument("guidance_scale") > 1
+        guided = isinstance(self.pipe, DiTPipeline) and self._arguments.get("guidance_scale", _DIT_GUIDANCE) > 1
         return 2 if guided else 1
 
     def _barrier(self) -> Callable[[torch.Tensor], bool] | None:
@@ -205,13 +209,8 @@ class Speculation:
         boundary = ratio * self.scheduler.config.num_train_timesteps
         return lambda timestep: bool(timestep >= boundary)
 
-    def _argument(self, name: str) -> Any:
-        """Of the call under way, or its default."""
-        assert self._bound is not None
-        return self._bound.arguments.get(name, self._bound.signature.parameters[name].default)
-
     def _end_call(self) -> None:
-        self._bound, self._loop, self._networks = None, None, []
+        self._arguments, self._loop, self._networks = {}, None, []
         self._own_scheduler = self.scheduler = None
 
     @property
@@ -233,3 +232,12 @@ class Speculation:
                 "the pipeline calls scheduler.step outside a loop over scheduler.timesteps; it cannot be speculated"
             )
         return self._loop.step(model_output, sample, arguments)
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call, and those that it takes as ``**kwargs``."""
+    arguments = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+    return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from tests.pipelines.images import (
     qwen_prompts,
 )
 from tests.pipelines.parts import (
-    BATCH,
     SDXL,
     SIZE,
     assemble,
@@ -27,6 +27,7 @@ from tests.pipelines.parts import (
     image_vae,
     picture,
     prompts,
+    sd3_config,
     stable_diffusion_3,
     unet,
 )
@@ -112,11 +113,10 @@ def sdxl_controlnet() -> Made:
 def sd3_controlnet() -> Made:
     from diffusers import SD3ControlNetModel
 
-    transformer = stable_diffusion_3()
     pipe = assemble(
         "StableDiffusion3ControlNetPipeline",
-        transformer=transformer,
-        controlnet=_awake(SD3ControlNetModel.from_transformer(transformer, num_layers=2)),
+        transformer=stable_diffusion_3(),
+        controlnet=_awake(SD3ControlNetModel(**sd3_config(num_layers=2))),
         vae=image_vae(shift_factor=0.1),
         scheduler=flow(),
     )
@@ -146,7 +146,9 @@ def hunyuan_dit_controlnet() -> Made:
     from diffusers import HunyuanDiT2DControlNetModel
 
     transformer = hunyuan_dit_transformer()
-    control = HunyuanDiT2DControlNetModel.from_transformer(transformer, transformer_num_layers=2)
+    names = inspect.signature(HunyuanDiT2DControlNetModel.__init__).parameters
+    config = {name: value for name, value in transformer.config.items() if name in names}
+    control = HunyuanDiT2DControlNetModel(**config | {"transformer_num_layers": 2})
     pipe = assemble(
         "HunyuanDiTControlNetPipeline",
         transformer=transformer,
@@ -158,13 +160,23 @@ def hunyuan_dit_controlnet() -> Made:
     return pipe, hunyuan_dit_call() | {"control_image": picture(size=128)}
 
 
+_FOR_ADAPTERS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
 @case("StableDiffusionAdapterPipeline", "T2I-Adapter")
 def sd_adapter() -> Made:
     from diffusers import T2IAdapter
 
     adapter = T2IAdapter(in_channels=3, channels=[4, 8], num_res_blocks=2, downscale_factor=8)
     pipe = assemble(
-        "StableDiffusionAdapterPipeline", unet=unet(), adapter=adapter, scheduler=ddpm(), requires_safety_checker=False
+        "StableDiffusionAdapterPipeline",
+        unet=unet(**_FOR_ADAPTERS),
+        adapter=adapter,
+        scheduler=ddpm(),
+        requires_safety_checker=False,
     )
     return pipe, prompts(6, 8) | {"image": picture()}
 
@@ -174,7 +186,7 @@ def sdxl_adapter() -> Made:
     from diffusers import T2IAdapter
 
     adapter = T2IAdapter(in_channels=3, channels=[4, 8], num_res_blocks=2, downscale_factor=8)
-    pipe = assemble("StableDiffusionXLAdapterPipeline", unet=unet(**SDXL), adapter=adapter, scheduler=ddpm())
+    pipe = assemble("StableDiffusionXLAdapterPipeline", unet=unet(**SDXL | _FOR_ADAPTERS), adapter=adapter, scheduler=ddpm())
     return pipe, prompts(6, 8, pooled=32) | {"image": picture()}
 
 
@@ -203,7 +215,10 @@ def sdxl_img2img() -> Made:
 @case("StableDiffusion3Img2ImgPipeline", "image to image")
 def sd3_img2img() -> Made:
     pipe = assemble(
-        "StableDiffusion3Img2ImgPipeline", transformer=stable_diffusion_3(), vae=image_vae(shift_factor=0.1), scheduler=flow()
+        "StableDiffusion3Img2ImgPipeline",
+        transformer=stable_diffusion_3(),
+        vae=image_vae(shift_factor=0.1),
+        scheduler=flow(),
     )
     return pipe, SQUARE | prompts(6, 8, pooled=16) | {"image": picture(), "strength": 0.7}
 

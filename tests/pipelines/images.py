@@ -284,7 +284,9 @@ def cogview4() -> Made:
         time_embed_dim=8,
         condition_dim=4,
     )
-    scheduler = flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear")
+    scheduler = flow(
+        base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+    )
     pipe = assemble("CogView4Pipeline", transformer=transformer, scheduler=scheduler)
     return pipe, SQUARE | prompts(16, 8)
 

@@ -150,11 +150,9 @@ def flux(**config: Any) -> Any:
     return FluxTransformer2DModel(**given | config)
 
 
-def stable_diffusion_3(**config: Any) -> Any:
-    """A transformer of SD3."""
-    from diffusers import SD3Transformer2DModel
-
-    given: dict[str, Any] = {
+def sd3_config(**config: Any) -> dict[str, Any]:
+    """Of a transformer of SD3, and of its ControlNet."""
+    return {
         "sample_size": 8,
         "patch_size": 1,
         "in_channels": 4,
@@ -165,8 +163,14 @@ def stable_diffusion_3(**config: Any) -> Any:
         "joint_attention_dim": 8,
         "pooled_projection_dim": 16,
         "out_channels": 4,
-    }
-    return SD3Transformer2DModel(**given | config)
+    } | config
+
+
+def stable_diffusion_3() -> Any:
+    """A transformer of SD3."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(**sd3_config())
 
 
 def flow(**config: Any) -> Any:

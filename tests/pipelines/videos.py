@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tests.pipelines.images import SQUARE, Made
-from tests.pipelines.parts import BATCH, assemble, case, ddpm, flow, noise, picture, prompts
+from tests.pipelines.parts import assemble, case, ddpm, flow, picture, prompts, unet
 
 
 @case("LattePipeline", "Latte")
@@ -17,6 +15,7 @@ def latte() -> Made:
     transformer = LatteTransformer3DModel(
         sample_size=8,
         num_layers=1,
+        video_length=2,
         patch_size=2,
         attention_head_dim=4,
         num_attention_heads=2,
@@ -219,11 +218,12 @@ def wan_tokens() -> Made:
 def wan_image() -> Made:
     pipe = assemble(
         "WanImageToVideoPipeline",
-        transformer=wan(in_channels=12, image_dim=4, added_kv_proj_dim=24),
+        transformer=wan(in_channels=12),
         vae=wan_vae(),
         scheduler=flow(shift=3.0),
     )
-    return pipe, FILM | prompts(6, 8) | {"image": picture(size=32, batch=1), "image_embeds": noise(BATCH, 5, 4)}
+    call = {name: value[:1] for name, value in prompts(6, 8).items()}
+    return pipe, FILM | call | {"image": picture(size=32, batch=1)}
 
 
 @case("WanVideoToVideoPipeline", "Wan 2.1")
@@ -304,9 +304,9 @@ def allegro() -> Made:
 def animatediff() -> Made:
     from diffusers import DDIMScheduler, MotionAdapter, UNetMotionModel
 
-    from tests.pipelines.parts import unet
-
-    adapter = MotionAdapter(block_out_channels=(4, 8), motion_layers_per_block=2, motion_norm_num_groups=2, motion_num_attention_heads=2)
+    adapter = MotionAdapter(
+        block_out_channels=(4, 8), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2
+    )
     pipe = assemble(
         "AnimateDiffPipeline",
         unet=UNetMotionModel.from_unet2d(unet(), adapter),
