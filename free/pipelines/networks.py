@@ -91,9 +91,12 @@ class Network:
             )
 
         def change(name: str, value: Any) -> Any:
+            if name == self.parameters[0]:
+                return change_tensors(value, plain)
             if name == self.timestep_name:
-                return self._timestep(value, layout, groups, inner)
-            if isinstance(states, list) and isinstance(value, list) and value is not states:
+                # one number may be on the host, a row's may not
+                return self._timestep(value, layout, groups, inner).to(states[0].device)
+            if isinstance(states, list) and isinstance(value, list):
                 return self._entries(value, layout, groups)
             return self._rows(name, value, layout, groups, inner)
 

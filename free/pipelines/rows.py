@@ -159,7 +159,7 @@ def _for(leader: Rows, values: torch.Tensor) -> torch.Tensor:
         return plain(values) if values.place is leader.place else _take_over(values, leader.place)
     if isinstance(values, Timestep):
         own = values.each.repeat(leader.groups).repeat_interleave(leader.inner_rows)
-        return own.view(-1, *(1,) * (leader.dim() - 1))
+        return own.to(leader.device).view(-1, *(1,) * (leader.dim() - 1))
     if isinstance(values, torch.nn.Parameter) or values.dim() != leader.dim() or not values.dim():
         return values
     layout, groups = leader.place, leader.groups

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from tests.pipelines.parts import assemble, ddpm
 
@@ -33,7 +34,7 @@ class ClassGaussian(_Module):
         signal = self.signal[timestep].view(-1, 1, 1, 1)
         center = (class_labels.float() * 0.3 - 0.5).view(-1, 1, 1, 1)
         slope = (1 - signal).sqrt() / (signal * self.scale**2 + 1 - signal)
-        return SimpleNamespace(sample=slope * (hidden_states - signal.sqrt() * center))
+        return Transformer2DModelOutput(sample=slope * (hidden_states - signal.sqrt() * center))
 
 
 class Passing(_Module):
