@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from free.data.digits import NUM_CLASSES, digits_data, load_digits_dit, load_digits_drafter
 from free.demo.retrain import train_digits_dit
 from free.drafters.loading import drafter_of
+from free.outputs import check_figure
 from free.sampling.samplers import SamplingOutput, ancestral_sample, speculative_sample
 from free.sampling.statistics import aligned
 from free.training import TargetTrainingConfig
@@ -73,8 +74,7 @@ def run_demo(
         raise ImportError(f"the demo needs {error.name}: pip install 'free-dit[demo]'") from error
     matplotlib.use("Agg")
     chosen = {word: load_digits_drafter() if word == "learned" else drafter_of(word) for word in drafters}
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output is {str(output)!r}, and its folder does not exist")
+    check_figure("output", output)
     if retrain:
         config = TargetTrainingConfig()
         if train_steps is not None:

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from free.checks import on_cpu
 from free.drafters.base import Situation, StepDrafter
+from free.outputs import check_folder
 from free_kernels import NOISE_STREAM, Proposal, normal
 
 if TYPE_CHECKING:
@@ -38,10 +40,11 @@ class Bands:
         count: N.
     """
 
+    @on_cpu
     def __init__(self, sample_shape: Sequence[int], count: int) -> None:
         self.sample_shape, self.count = tuple(sample_shape), count
         numel = math.prod(self.sample_shape)
-        self.rows = self.columns = torch.ones(1, 1)
+        self.rows = self.columns = torch.ones(1, 1, dtype=torch.float32, device="cpu")
         self.index = torch.zeros(numel, dtype=torch.int64)
         """int64 [D]: the band of each frequency."""
         self.image = len(self.sample_shape) == 3 and count > 1
@@ -65,13 +68,15 @@ class Bands:
         """Frequencies [..., D] of samples [..., D]."""
         if not self.image:
             return values
-        return (self.rows @ values.unflatten(-1, self.sample_shape) @ self.columns.T).flatten(-3)
+        with torch.autocast(values.device.type, enabled=False):  # it is the networks that a caller's autocast is meant for
+            return (self.rows @ values.unflatten(-1, self.sample_shape) @ self.columns.T).flatten(-3)
 
     def inverse(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Samples [..., D] of frequencies [..., D]."""
         if not self.image:
             return frequencies
-        return (self.rows.T @ frequencies.unflatten(-1, self.sample_shape) @ self.columns).flatten(-3)
+        with torch.autocast(frequencies.device.type, enabled=False):
+            return (self.rows.T @ frequencies.unflatten(-1, self.sample_shape) @ self.columns).flatten(-3)
 
 
 def _cosines(size: int) -> torch.Tensor:
@@ -254,6 +259,11 @@ class LinearDrafter(StepDrafter):
                 f"linear drafter was fitted to timestep {self.timestep[k].item()} at step {k}; "
                 f"this process has {timestep[k].item()} there"
             )
+
+    @classmethod
+    def check_folder(cls, name: str, folder: Path) -> None:
+        """Say what is in the way of :meth:`save_pretrained` to ``folder``, which is the argument ``name``."""
+        check_folder(name, folder, _FORMAT)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and one small safetensors file into ``folder``, which is made if it is not there.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from free.checks import on_cpu
 from free.processes.ddpm import ddpm_scheduler
 from free.processes.euler import churn, edm_columns, flow_sde_columns
 from free.processes.levels import Levels, kept_share, level_columns, level_std, second_order_memory, x0_columns
@@ -176,6 +177,7 @@ class ReverseProcess:
         return ReverseProcess(**columns, clip_range=self.clip_range, initial_std=self.initial_std)
 
     @classmethod
+    @on_cpu
     def ddpm(
         cls,
         num_inference_steps: int = 250,
@@ -231,6 +233,7 @@ class ReverseProcess:
         return cls.from_scheduler(scheduler, num_inference_steps, variance, stochasticity, eta=eta)
 
     @classmethod
+    @on_cpu
     def from_levels(
         cls,
         alpha: torch.Tensor,
@@ -275,6 +278,7 @@ class ReverseProcess:
         return cls(timestep.detach().cpu(), **columns)
 
     @classmethod
+    @on_cpu
     def flow_sde(
         cls, sigma: torch.Tensor, timestep: torch.Tensor, weight: str | torch.Tensor = "sigma", noise_level: float = 1.0
     ) -> ReverseProcess:
@@ -297,6 +301,7 @@ class ReverseProcess:
         return cls(timestep.detach().cpu(), **flow_sde_columns(sigma, weight, noise_level))
 
     @classmethod
+    @on_cpu
     def edm(
         cls,
         sigma: torch.Tensor,
@@ -335,6 +340,7 @@ class ReverseProcess:
         return cls(**edm_columns(sigma, gamma, s_noise, step_scale, sigma_data))
 
     @classmethod
+    @on_cpu
     def from_scheduler(
         cls,
         scheduler: SchedulerMixin,

@@ -120,8 +120,8 @@ def speculative_sample(
     if relaxation is not None and not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation is a {type(relaxation).__name__}; allowed is a free.Relaxation, or None")
     check_window(window)
-    drafter = as_drafter(drafter)
     request = check_request(model, Options.among(locals()))
+    drafter = as_drafter(drafter, request.seed.device)
     drafter.check(request.target)
     if relaxation is not None:
         relaxation.check(request.target, request.process)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from free.checks import check_count
+
 if TYPE_CHECKING:
     from free.processes import ReverseProcess
 
@@ -50,8 +52,8 @@ class Target(ABC):
     """
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
-        if max_forward_batch is not None and max_forward_batch < 1:
-            raise ValueError(f"max_forward_batch is {max_forward_batch}; allowed is 1 or more, or None")
+        if max_forward_batch is not None:
+            max_forward_batch = check_count("max_forward_batch", max_forward_batch)
         module = getattr(model, "_orig_mod", model)
         self.model = model
         self.module = module if isinstance(module, torch.nn.Module) else None
@@ -82,9 +84,11 @@ class Target(ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the model's parameters are; None if it has none."""
+        """Where the model computes, which is where its parameters are unless it is offloaded; None if it has none."""
         parameter = self._parameter()
-        return None if parameter is None else parameter.device
+        if parameter is None or self.module is None:
+            return None
+        return _execution_device(self.module) or parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -254,6 +258,17 @@ class Target(ABC):
             yield
         finally:
             self._capturing_variance = before
+
+
+def _execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring an offloaded model's inputs and weights; None if there are none."""
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return None
 
 
 def has_rows(value: Any) -> bool:
