@@ -72,6 +72,8 @@ def speculative_sample(
     """Draw samples with the law of :func:`ancestral_sample`, in far fewer rounds of sequential work.
 
     The same in distribution, relative to the model as it is executed (dtype, batch shape); not the same sample per seed.
+    The model may write into its input, which is a copy: the state of the sample stays what it was. Threads may share models,
+    targets and drafters; those that do take turns, a call long.
 
     Args:
         model: a ``DiTTransformer2DModel``, a ``DiTPipeline`` (its latents are returned, not decoded), any callable
@@ -89,8 +91,9 @@ def speculative_sample(
             settles most steps a second on this device, by rounds that it times (once for each model and setting) and by
             how drafts fare: the law is the same whatever is chosen, but the sample of a seed may vary with what was
             measured. A plan of :func:`free.plan_window` chooses the same in each run.
-        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound`` says how
-            much of it. None is exact.
+        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound``
+            estimates how much of it, ``stats.total_variation_limit`` says how much at most, with 95 % confidence. None is
+            exact.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
