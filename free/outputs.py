@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -17,12 +18,11 @@ def check_file(name: str, path: Path) -> None:
     if not new and not path.is_file():
         raise OSError(f"{name} is {str(path)!r}, which is no regular file")
     try:
-        with path.open("ab"):  # what may be written is known to the system only: /proc is writable by its flags
+        # what may be written is known to the system only: /proc is writable by its flags
+        with tempfile.TemporaryFile(dir=path.parent) if new else path.open("ab"):
             pass
     except OSError as error:
         raise PermissionError(f"{name} is {str(path)!r}, which cannot be written: {error.strerror}") from error
-    if new:
-        path.unlink()
 
 
 def check_figure(name: str, path: Path) -> None:

@@ -72,6 +72,8 @@ def speculative_sample(
     """Draw samples with the law of :func:`ancestral_sample`, in far fewer rounds of sequential work.
 
     The same in distribution, relative to the model as it is executed (dtype, batch shape); not the same sample per seed.
+    The model may write into its input, which is a copy: the state of the sample stays what it was. Threads may share models,
+    targets and drafters; those that do take turns, a call long.
 
     Args:
         model: a ``DiTTransformer2DModel``, a ``DiTPipeline`` (its latents are returned, not decoded), any callable
@@ -91,8 +93,9 @@ def speculative_sample(
             measured. What it remembers of a model from call to call is not used for a seed that it was learned from, and
             rows that share a seed get one window for all rounds. A plan of :func:`free.plan_window` chooses the same in
             each run.
-        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound`` says how
-            much of it. None is exact.
+        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound``
+            estimates how much of it, ``stats.total_variation_limit`` says how much at most, with 95 % confidence. None is
+            exact.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.

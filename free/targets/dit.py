@@ -101,7 +101,7 @@ class DiTTarget(Target):
                     f"the model's top block ran {len(self._captured)} times within one forward: somebody else calls the "
                     "model while it is sampled from; wait for the sampler, or give it a copy of the model"
                 )
-            feature = self._captured[0][:rows]
+            feature = self._captured.pop()[:rows]
         share = None
         if self._capturing_variance:
             # the network gives -1 for the posterior's log variance and 1 for beta's

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 import free
 from free.cli import main
+from free.demo.run import few_threads
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -80,8 +82,15 @@ def test_a_wrong_argument_is_exit_code_1_and_one_line(
 
 def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "digits.png"
-    assert main(["demo", "--steps", "20", "--output", str(picture)]) == 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["demo", "--steps", "20", "--output", str(picture)]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     printed = capsys.readouterr().out
+    assert "CPU, 1 thread of 2, as the model is tiny" in printed
     lines = printed.splitlines()
     header = next(line.split() for line in lines if line.strip().startswith("sampler"))
     assert header == ["sampler", "rounds", "efficiency", "forwards", "seconds", "speed-up", "recognised"]
@@ -97,6 +106,20 @@ def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest
     assert str(picture) in printed
     assert picture.read_bytes().startswith(PNG)
     assert [file.name for file in tmp_path.iterdir()] == ["digits.png"]
+
+
+def test_a_tiny_model_has_one_thread_and_others_have_all() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), few_threads(torch.nn.Linear(2, 2)):
+            1 // (torch.get_num_threads() - 1)
+        assert torch.get_num_threads() == 2
+        with few_threads(torch.nn.Linear(4000, 4000, device="meta")) as said:
+            assert torch.get_num_threads() == 2
+        assert said == "2 threads"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_calibrate_saves_a_drafter_and_compares_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
