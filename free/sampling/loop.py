@@ -64,33 +64,58 @@ class Run:
         Raises:
             NonFiniteOutputError: a step that depends on NaN or infinity.
         """
-        setup, account, stats = self.setup, self.account, self.stats
-        num_steps, stats.window = setup.request.process.num_steps, schedule.name
-        live = first_window(setup, self.state.clone())
-        forward_batch = setup.request.target.forward_batch(setup.request.guided)
-        under_way: deque[tuple[int, Report]] = deque()
-        known = Known.nothing(setup.request.batch, num_steps)
-        while (known.step < num_steps).any():
-            unread = [window for window, _ in under_way]
-            window = schedule.window(known.step[known.step < num_steps], unread, len(live.index))
-            window = min(window, setup.widest)
+        self.begin(schedule)
+        while self.unfinished:
+            window = self.next_window()
             if self.graphs is not None:
-                live, done = self.graphs.advance(live, window, self.watch)
+                live, done = self.graphs.advance(self.live, window, self.watch)
             else:
-                live, done = advance(live, setup, window, self.watch)
-                account.add(live, done)
-            stats.count_round(window, done.evaluated, forward_batch)
-            under_way.append((window, Report(account)))
-            while len(under_way) > lag or (under_way and _may_be_finished(known.step, under_way, num_steps)):
-                window, report = under_way.popleft()
-                before, known = known, report.read()
-                check_finite(known, stats.drafter, setup.request.process)
-                schedule.learn(window, before, known)
-            yield Turn(live, done, known)
-            rows = _rows_to_keep(int((known.step < num_steps).sum()), len(live.index), setup.static_shapes)
-            if rows < len(live.index):
-                self.state[live.index] = live.state
-                live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
+                live, done = advance(self.live, self.setup, window, self.watch)
+                self.account.add(live, done)
+            yield self.enter(live, done, window, lag)
+            self.release()
+
+    def begin(self, schedule: Schedule) -> None:
+        """All samples in their initial states; whoever evaluates the target elsewhere drives the rounds by these parts of
+        :meth:`turns`: ``next_window``, the two halves of a round, ``enter`` and ``release``, until none is unfinished.
+        """
+        self.schedule, self.stats.window = schedule, schedule.name
+        self.live = first_window(self.setup, self.state.clone())
+        self.known = Known.nothing(self.setup.request.batch, self.setup.request.process.num_steps)
+        self._under_way: deque[tuple[int, Report]] = deque()
+        self._forward_batch = self.setup.request.target.forward_batch(self.setup.request.guided)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether some sample is, as far as the host knows."""
+        return bool((self.known.step < self.setup.request.process.num_steps).any())
+
+    def next_window(self) -> int:
+        """The next round's, as the schedule has it."""
+        step = self.known.step[self.known.step < self.setup.request.process.num_steps]
+        unread = [window for window, _ in self._under_way]
+        return min(self.schedule.window(step, unread, len(self.live.index)), self.setup.widest)
+
+    def enter(self, live: Live, done: Round, window: int, lag: int = 0) -> Turn:
+        """Enter a round of ``window`` states, which the account has seen; reads those that are ``lag`` rounds old."""
+        process, stats, under_way = self.setup.request.process, self.stats, self._under_way
+        self.live = live
+        stats.count_round(window, done.evaluated, self._forward_batch)
+        under_way.append((window, Report(self.account)))
+        while len(under_way) > lag or (under_way and _may_be_finished(self.known.step, under_way, process.num_steps)):
+            window, report = under_way.popleft()
+            before, self.known = self.known, report.read()
+            check_finite(self.known, stats.drafter, process)
+            self.schedule.learn(window, before, self.known)
+        return Turn(live, done, self.known)
+
+    def release(self) -> None:
+        """Let the finished samples go."""
+        num_steps, live = self.setup.request.process.num_steps, self.live
+        rows = _rows_to_keep(int((self.known.step < num_steps).sum()), len(live.index), self.setup.static_shapes)
+        if rows < len(live.index):
+            self.state[live.index] = live.state
+            self.live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
 
     def finish(self) -> SamplingStatistics:
         """What it cost; waits for the device."""
