@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,15 +69,20 @@ class Bands:
         """Frequencies [..., D] of samples [..., D]."""
         if not self.image:
             return values
-        with torch.autocast(values.device.type, enabled=False):  # it is the networks that a caller's autocast is meant for
+        with _own_precision(values):
             return (self.rows @ values.unflatten(-1, self.sample_shape) @ self.columns.T).flatten(-3)
 
     def inverse(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Samples [..., D] of frequencies [..., D]."""
         if not self.image:
             return frequencies
-        with torch.autocast(frequencies.device.type, enabled=False):
+        with _own_precision(frequencies):
             return (self.rows.T @ frequencies.unflatten(-1, self.sample_shape) @ self.columns).flatten(-3)
+
+
+def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:
+    """It is the networks that a caller's autocast is meant for."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
 def _cosines(size: int) -> torch.Tensor:

@@ -118,7 +118,8 @@ def speculative_sample(
     Raises:
         ValueError: a wrong argument, named, before any work is done.
         TypeError: a model or drafter that is none of the above.
-        NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it.
+        NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it; the error has
+            the samples that were finished (``error.samples``, ``error.finished``).
     """
     if relaxation is not None and not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation is a {type(relaxation).__name__}; allowed is a free.Relaxation, or None")
@@ -209,7 +210,8 @@ def ancestral_sample(
             stats.count_forward(request.batch, target.forward_batch(request.guided))
             # a GPU is asked at the end, rather than waited for
             if k + 1 == process.num_steps or (stored and (k + 1) % block == 0):
-                check_finite(Report(account).read(), stats.drafter, process)
+                samples = chain.state.unflatten(-1, request.sample_shape)
+                check_finite(Report(account).read(), stats.drafter, process, samples)
             result.settle_all(k, chain.state)
         stats.seconds = watch.finish()
         stats.keys = frozenset(request.keys)

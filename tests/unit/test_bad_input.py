@@ -724,13 +724,14 @@ def test_values_of_an_operation(op: str, change: dict[str, Any], message: str) -
         ({"guidance_scale": "2"}, r"guidance_scale is '2'; allowed is 1"),
         ({"guidance_scale": None}, r"guidance_scale is None; allowed is 1"),
         ({"guidance_scale": [1.5]}, r"guidance_scale is \[1\.5\]; allowed is 1"),
-        ({"latents": torch.zeros(1, 2, 8, 8).to_sparse()}, r"latents is a tensor of layout torch.sparse_coo"),
-        ({"latents": torch.zeros(1, 2, 8, 8, device="meta")}, r"latents is a tensor on the meta device"),
+        ({"latents": lambda: torch.zeros(1, 2, 8, 8).to_sparse()}, r"latents is a tensor of layout torch.sparse_coo"),
+        ({"latents": lambda: torch.zeros(1, 2, 8, 8, device="meta")}, r"latents is a tensor on the meta device"),
     ],
 )
 def test_odd_arguments(dit: DiTTransformer2DModel, sample: Any, given: dict[str, Any], message: str) -> None:
+    made = {name: value() if callable(value) else value for name, value in given.items()}
     with pytest.raises(ValueError, match=message):
-        sample(dit, num_inference_steps=4, **given)
+        sample(dit, num_inference_steps=4, **made)
 
 
 def test_odd_arguments_of_processes_targets_and_plans(dit: DiTTransformer2DModel) -> None:
@@ -890,3 +891,27 @@ def test_a_broken_data_file_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"data is '.*bad\.npz', which is no \.npz of numbers") as caught:
         load_data(str(tmp_path / "bad.npz"))
     assert "pickle" not in str(caught.value)
+
+
+def test_a_nan_leaves_the_samples_that_were_finished() -> None:
+    """One sample is ahead of the other, whose network breaks near its end."""
+
+    def model(x: torch.Tensor, timestep: torch.Tensor, broken: torch.Tensor) -> torch.Tensor:
+        return torch.where(broken[:, None] & (timestep[:, None] < 200), torch.nan, 0.5 * x)
+
+    class Uneven(StepDrafter):
+        """Right for whole samples; far off for the broken one, which therefore lags behind."""
+
+        def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+            return 0.5 * state + torch.where(situation.conditioning["broken"][:, None], 100.0, 0.0)
+
+    common: dict[str, Any] = {"shape": (3,), "num_inference_steps": 30, "window": 4}
+    first_broken = {"broken": torch.tensor([True, False])}
+    whole = free.speculative_sample(model, Uneven(), conditioning={"broken": torch.tensor([False])}, seed=[5], **common)
+    with pytest.raises(NonFiniteOutputError, match=r"of sample 0; 1 of 2 samples were finished before") as caught:
+        free.speculative_sample(model, Uneven(), conditioning=first_broken, seed=[4, 5], **common)
+    assert caught.value.finished.tolist() == [False, True]
+    assert torch.equal(caught.value.samples[1], whole.samples[0])
+    with pytest.raises(NonFiniteOutputError, match=r"0 of 2 samples were finished") as caught:
+        free.ancestral_sample(model, conditioning=first_broken, seed=[4, 5], shape=(3,), num_inference_steps=30)
+    assert caught.value.samples.shape == (2, 3)
