@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -70,3 +72,17 @@ def check_folder(name: str, folder: Path, kind: str) -> None:
         found = None
     if found != kind:
         raise ValueError(f"{name} is {str(folder)!r}, which holds a {found or 'config.json of another kind'}; give another")
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Within this context a file of ``folder`` is written: what goes wrong, a full disk for one, is an OSError that says so.
+
+    safetensors has an error of its own, which says nothing of where.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{what} cannot be written to {str(folder)!r}: {error}") from error
