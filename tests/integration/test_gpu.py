@@ -164,14 +164,18 @@ def test_a_raw_model_is_recorded_once_and_its_graphs_read_nothing_that_was_freed
         monkeypatch.setattr(torch.cuda, "graph", functools.partial(torch.cuda.graph, check_input_liveness=True))
     model, process = make_dit().cuda(), free.ReverseProcess.ddpm(12)
     arguments = [] if sample is free.ancestral_sample else [make_drafter(drafter, model, make_dit)]
-    counts = []
-    for seed in (1, 1, 1):
+    counts, samples, poison = [], [], []
+    for _ in range(3):
         # the process is made anew on the device in each call
-        sample(model, *arguments, class_labels=[1], process=process, seed=seed, capture=True, impl="reference")
+        out = sample(model, *arguments, class_labels=[1], process=process, seed=1, capture=True, impl="reference")
         counts.append(len(made))
+        samples.append(out.samples)
         gc.collect()
-        torch.cuda.empty_cache()
+        # what was freed is NaN from here on, small tensors and large
+        poison += [torch.full((size,), torch.nan, device="cuda") for size in (128, 4096, 2**20) for _ in range(500)]
     assert len(set(counts)) == 1
+    assert all(torch.equal(one, samples[0]) for one in samples)
+    del poison
     graphs = [weakref.ref(one) for one in made]
     made.clear()
     assert all(one() for one in graphs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,16 @@ def test_the_recording_of_graphs_is_left_out_of_the_seconds() -> None:
     stats = free.SamplingStatistics(4, 2, "hold-x0", np.full(2, 3))
     stats.total_seconds, stats.seconds = 5.0, {"round": 2.0, "recording": 2.5}
     assert end_to_end._per_sample([stats]) == pytest.approx(1.25)
+
+
+def test_the_first_runs_parts_are_those_that_it_is_told_of(tmp_path: Path) -> None:
+    script = Path(gpu.__file__).with_name("first_gpu.sh")
+    refused = subprocess.run(["bash", str(script), "nonsense", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    parts = refused.stderr.split("one of: ")[1].split()
+    table = script.with_name("README.md").read_text(encoding="utf-8")
+    assert parts == re.findall(r"^\| \d \| `(\w+)` \|", table, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
 
 
 # --- the bound ----------------------------------------------------------------------------------------------------------
