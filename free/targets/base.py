@@ -209,12 +209,14 @@ class Target(ABC):
         raise ValueError(f"the drafter leans on the target's label embedding, and {type(self).__name__} has none")
 
     @contextmanager
-    def compile(self, **options: Any) -> Iterator[None]:
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> Iterator[None]:
         """Within this context the model's forward runs under ``torch.compile(fullgraph=True)``.
 
         Compiled code stays with the process, so that another context finds it.
 
         Args:
+            dynamic: of ``torch.compile``; True compiles once for all batch sizes but 1, False once for each, and None once
+                for the first and once for the others.
             options: further ones of ``torch.compile``.
 
         Raises:
@@ -225,9 +227,12 @@ class Target(ABC):
         with ExitStack() as during:
             # several windows and models: more kinds of shapes than the usual limit allows
             during.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
-            for module in self._compiled_parts() if self.model is self.module else ():
+            for i, module in enumerate(self._compiled_parts() if self.model is self.module else ()):
+                if not i:
+                    # the first part meets strides that the others do not, and would be compiled for them once more
+                    during.callback(module.register_forward_pre_hook(_contiguous).remove)
                 during.callback(_put_back_forward, module, vars(module).get("forward"))
-                module.forward = torch.compile(module.forward, fullgraph=True, **options)
+                module.forward = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, **options)
             during.callback(setattr, self, "compiled", self.compiled)
             self.compiled = True
             yield
@@ -284,6 +289,10 @@ def take_rows(conditioning: dict[str, Any], rows: torch.Tensor) -> dict[str, Any
 def _copy(value: Any) -> Any:
     """In memory of its own, if it is a tensor."""
     return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _contiguous(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs)
 
 
 def _cat_or_none(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -180,6 +180,25 @@ def test_a_dit_compiles_without_a_break_features_included(dit: DiTTransformer2DM
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
 
 
+def test_windows_of_all_widths_are_compiled_once_for_all_blocks(dit: DiTTransformer2DModel) -> None:
+    """Once for a single state, which torch sets apart, and once for any number."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    target = free.as_target(dit)
+    for guided in (True, False):
+        for states in (1, 2, 4, 8, 6):
+            labels = {"class_labels": torch.ones(states, dtype=torch.int64)}
+            with target.compile(backend=backend):
+                target.evaluate(torch.randn(states, 2, 8, 8), torch.full((states,), 5), labels, guided)
+    assert len(compiled) == 2
+    assert not any(module._forward_pre_hooks for module in dit.modules())
+
+
 def test_compiling_needs_a_module() -> None:
     for sample in (free.speculative_sample, free.ancestral_sample):
         with pytest.raises(ValueError, match=r"compile is True, but model is a GaussianModel; allowed is a torch"):
