@@ -25,7 +25,7 @@ import torch
 import free
 from free.drafters import Drafter, Situation, StepDrafter
 from free_kernels import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, posterior, uniform, verify
-from tests.analytic import GaussianTarget, MixtureTarget, ShiftedModel, turning_direction
+from tests.analytic import GaussianTarget, MixtureTarget, ShiftedModel, signal_level, turning_direction
 from tests.featured import WIDTH, FeaturedTarget, feature_drafter
 from tests.statistical import laws
 from tests.statistical.laws import bonferroni, chi2_p, normal_p, spearman_p, spread_p, success_p, unit
@@ -255,6 +255,8 @@ class Case:
     guidance_scale: float = 1.0
     clip: float | None = None
     seed: int = 1
+    second_order: bool = False
+    """DPM-Solver++ 2M's SDE over the same timesteps, instead of DDPM."""
     shape: tuple[int, ...] = (DIM,)
     """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
 
@@ -271,6 +273,10 @@ def center(samples: int) -> torch.Tensor:
 
 
 def make_process(case: Case) -> free.ReverseProcess:
+    if case.second_order:
+        timestep = free.ReverseProcess.ddpm(case.steps).timestep
+        signal = torch.cat((signal_level(timestep), torch.ones(1)))
+        return free.ReverseProcess.from_levels(signal.sqrt(), (1 - signal).sqrt(), timestep, order=2, initial_std=1.0)
     if case.clip is None:
         return free.ReverseProcess.ddpm(case.steps)
     return free.ReverseProcess.ddpm(case.steps, clip_sample=True, clip_sample_range=case.clip)
@@ -365,6 +371,7 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
             null = model(trajectory[:, k], timestep)
             target_output[:, k] = null + case.guidance_scale * (target_output[:, k] - null)
     steps = torch.arange(last + 1, device=device).expand(count, last + 1)
+    target_output = effective(process, trajectory[:, :-1], target_output)
     mean = exact_mean(process, steps, trajectory[:, :-1], target_output)
     error = trajectory[:, 1:] - mean
 
@@ -375,6 +382,18 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     redrafted = torch.zeros_like(tested)
     redrafted[:, 1:] = tested[:, 1:] & tested[:, :-1] & ~accepted[:, :-1]
     return Chain(process, output, case.window, error[:, :last] / std, error[:, last], delta, tested, accepted, redrafted)
+
+
+def effective(process: free.ReverseProcess, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The outputs [n, S, D] as they stand in the mean of a process of second order; those of first order as they are."""
+    if process.memory is None:
+        return output
+    memory, of_state, of_model = (
+        column.to(states)[:, None] for column in (process.memory, process.x0_state_coef, process.x0_model_coef)
+    )
+    x0 = of_state * states + of_model * output
+    change = torch.cat((torch.zeros_like(x0[:, :1]), x0[:, 1:] - x0[:, :-1]), 1)
+    return output + memory / of_model * change
 
 
 def _settled_drafts(
@@ -509,6 +528,23 @@ CASES: dict[str, Case] = {
             )
         )
     },
+    "gaussian, second order, hold-x0, W=4": Case("gaussian", "hold-x0", 4, 20_000, seed=23, second_order=True),
+    "gaussian, second order, hold-x0, W=16": Case("gaussian", "hold-x0", 16, 20_000, 20, seed=24, second_order=True),
+    "gaussian, second order, shifted, W=4": Case("gaussian", "shifted", 4, seed=25, second_order=True),
+    "gaussian, second order, hold-output, W=4, guided": Case(
+        "gaussian", "hold-output", 4, guidance_scale=2.0, seed=26, second_order=True
+    ),
+    "mixture, second order, linear, W=8": Case("mixture", "linear", 8, 6000, 15, seed=27, second_order=True),
+    "mixture, second order, one sweep, W=8": Case(
+        "mixture",
+        "feature, untrained, one sweep",
+        8,
+        3000,
+        15,
+        seed=28,
+        second_order=True,
+        shape=FeaturedTarget.sample_shape,
+    ),
 }
 
 
