@@ -9,8 +9,8 @@ from free_kernels.acceptance import Acceptance, acceptance, acceptance_from_mean
 from free_kernels.dispatch import IMPLEMENTATIONS
 from free_kernels.householder import householder
 from free_kernels.philox import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, philox, uniform
-from free_kernels.posterior import posterior
-from free_kernels.posterior.reference import guided, x0_estimate
+from free_kernels.posterior import posterior, posterior_with_memory
+from free_kernels.posterior.reference import effective_output, guided, x0_estimate
 from free_kernels.propose import HOLD_DRAFTS, Proposal, propose
 from free_kernels.propose.reference import anchor_index
 from free_kernels.table import StepTable
@@ -29,11 +29,13 @@ __all__ = [
     "acceptance",
     "acceptance_from_means",
     "anchor_index",
+    "effective_output",
     "guided",
     "householder",
     "normal",
     "philox",
     "posterior",
+    "posterior_with_memory",
     "propose",
     "uniform",
     "verify",

@@ -184,10 +184,10 @@ class LinearDrafter(StepDrafter):
     def propose(self, situation: Situation) -> Proposal:
         process, window = situation.process, situation.window
         prepared = self._prepare(situation)
-        if window == 1 or process.clip_range is not None:
+        if window == 1 or process.clip_range is not None or process.memory is not None:
             return super().propose(situation)
-        # without clipping a draft is linear in the state and elementwise in frequency: a path of W-1 steps costs two
-        # transforms, not 2 (W-1)
+        # without clipping and memory a draft is linear in the state and elementwise in frequency: a path of W-1 steps costs
+        # two transforms, not 2 (W-1)
         batch, numel = situation.state.shape
         steps = situation.step[:, None] + torch.arange(window - 1, device=situation.step.device)
         steps = steps.clamp_(max=process.num_steps - 1)  # [B, W-1]

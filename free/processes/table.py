@@ -71,8 +71,8 @@ class ReverseProcess:
     """[S]: what each step adds of the x0 estimate's last change; None is a process of first order."""
     initial_std: float = 1.0
     """Standard deviation of the initial state that the samplers draw; given latents are taken as they are."""
-    memory_coef: torch.Tensor | None = field(init=False, repr=False, default=None)
-    """float32 [S]: the coefficient of m[k] - m[k-1] in the mean; None for a process of first order."""
+    memory_gain: torch.Tensor | None = field(init=False, repr=False, default=None)
+    """float32 [S]: the same as a gain of the output, which ``y[k] + memory_gain[k] (m[k] - m[k-1])`` replaces, or None."""
     exact_step: torch.Tensor = field(init=False, repr=False)
     """int64 [S]: the first step >= k that is never drafted, because its std is 0 or it is the last."""
 
@@ -133,9 +133,8 @@ class ReverseProcess:
         if self.clip_range is not None:
             raise ValueError(f"clip_range is {self.clip_range} with memory; allowed is one of them: no sampler clamps both")
         memory = memory.detach().to(self.std.device, torch.float64)
-        of_x0 = self.model_coef.double() / self.x0_model_coef.double()
         object.__setattr__(self, "memory", memory.float())
-        object.__setattr__(self, "memory_coef", (memory * of_x0).float())
+        object.__setattr__(self, "memory_gain", (memory / self.x0_model_coef.double()).float())
 
     @property
     def num_steps(self) -> int:
@@ -156,7 +155,7 @@ class ReverseProcess:
             self.clip_state_coef,
             self.clip_x0_coef,
             self.clip_range,
-            self.memory_coef,
+            self.memory_gain,
         )
 
     def fingerprint(self) -> bytes:

@@ -82,6 +82,8 @@ class Live:
     """Kept for the reference operations; the kernels make noise faster than they could read it."""
     ledger: Ledger | None = None
     """Of a relaxed run."""
+    x0: torch.Tensor | None = None
+    """float32 [B, D], of a process of second order: the target's estimate of x0 at the last settled step; zeros at first."""
 
     def keep(self, rows: torch.Tensor) -> Live:
         """The live samples at ``rows`` (int64)."""
@@ -128,7 +130,8 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
     noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
-    return Live(index, seed, step, state, last, request.conditioning, noise, ledger)
+    x0 = None if request.process.memory is None else torch.zeros_like(state)
+    return Live(index, seed, step, state, last, request.conditioning, noise, ledger, x0)
 
 
 @dataclass
@@ -192,6 +195,7 @@ def propose(live: Live, setup: Setup, window: int) -> Proposed:
         request.sample_shape,
         request.guidance_scale,
         setup.impl,
+        live.x0,
     )
     proposal = setup.drafter.propose(situation)
     return Proposed(situation, proposal, length, uniforms, _query(proposal.states, step, length, setup))
@@ -248,6 +252,7 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         noise=situation.noise,
         uniforms=proposed.uniforms,
         tau=tau,
+        previous_x0=live.x0,
         impl=setup.impl,
     )
     if tau is not None and ledger:
@@ -264,6 +269,7 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         step=live.step + verification.advance,
         last=LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature),
         ledger=ledger,
+        x0=None if live.x0 is None else verification.x0,
     )
     return moved, Round(situation, length, states, len(proposed.query.states), verification)
 

@@ -14,7 +14,15 @@ import torch
 import free
 from free.drafters import Anchor, Situation, StepDrafter
 from free.sampling.relaxation import DraftedSteps
-from tests.analytic import CliffTarget, GaussianTarget, MixtureTarget, ShiftedModel, VelocityTarget, turning_direction
+from tests.analytic import (
+    CliffTarget,
+    GaussianTarget,
+    MixtureTarget,
+    ShiftedModel,
+    VelocityTarget,
+    signal_level,
+    turning_direction,
+)
 from tests.featured import WIDTH, FeaturedTarget, feature_drafter
 from tests.statistical.laws import unit
 
@@ -118,6 +126,8 @@ class Case:
     """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
     table: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of :meth:`free.ReverseProcess.ddpm`."""
+    second_order: bool = False
+    """DPM-Solver++ 2M's SDE over the same timesteps, instead of DDPM."""
     calls: int = 1
     """Calls of the sampler that the samples are spread over."""
     centers: int = 0
@@ -143,6 +153,10 @@ def centers(case: Case) -> torch.Tensor | None:
 
 
 def make_process(case: Case) -> free.ReverseProcess:
+    if case.second_order:
+        timestep = free.ReverseProcess.ddpm(case.steps).timestep
+        signal = torch.cat((signal_level(timestep), torch.ones(1)))
+        return free.ReverseProcess.from_levels(signal.sqrt(), (1 - signal).sqrt(), timestep, order=2, initial_std=1.0)
     clipping = {} if case.clip is None else {"clip_sample": True, "clip_sample_range": case.clip}
     return free.ReverseProcess.ddpm(case.steps, **clipping, **case.table)
 
@@ -271,6 +285,23 @@ CASES: dict[str, Case] = {
     "gaussian, uneven, W=4, two by two": Case("gaussian", "uneven", 4, steps=48, samples=60, calls=30, seed=39),
     "gaussian, leaning on the feature, W=4": Case(
         "gaussian", "leaning on the feature", 4, seed=42, shape=FeaturedTarget.sample_shape
+    ),
+    "gaussian, second order, hold-x0, W=4": Case("gaussian", "hold-x0", 4, 20_000, seed=23, second_order=True),
+    "gaussian, second order, hold-x0, W=16": Case("gaussian", "hold-x0", 16, 20_000, 20, seed=24, second_order=True),
+    "gaussian, second order, shifted, W=4": Case("gaussian", "shifted", 4, seed=25, second_order=True),
+    "gaussian, second order, hold-output, W=4, guided": Case(
+        "gaussian", "hold-output", 4, guidance_scale=2.0, seed=26, second_order=True
+    ),
+    "mixture, second order, linear, W=8": Case("mixture", "linear", 8, 6000, 15, seed=27, second_order=True),
+    "mixture, second order, one sweep, W=8": Case(
+        "mixture",
+        "feature, untrained, one sweep",
+        8,
+        3000,
+        15,
+        seed=28,
+        second_order=True,
+        shape=FeaturedTarget.sample_shape,
     ),
 }
 

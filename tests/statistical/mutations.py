@@ -273,6 +273,48 @@ def _rows_left_behind() -> Any:
     return mock.patch.object(live, "keep", planted)
 
 
+def _memory(change: Callable[..., Any]) -> Callable[[], Any]:
+    """A bug in what verification of a process of second order remembers: ``change(original, arguments by name)``."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def planted(*args: Any, **kwargs: Any) -> Any:
+            call = inspect.signature(original).bind(*args, **kwargs).arguments
+            return original(**call) if call["previous_x0"] is None else change(original, call)
+
+        return planted
+
+    return lambda: replaced("free_kernels.verify.reference", "verify", make)
+
+
+def _estimates(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The steps of a window [B, W], the target's guided outputs there, and what they say of x0."""
+    reference = importlib.import_module("free_kernels.posterior.reference")
+    states, table = call["states"], call["table"]
+    steps = (call["step"][:, None] + torch.arange(states.shape[1])).clamp(max=table.num_steps - 1)
+    output = reference.guided(call["target_output"], call["unconditional_output"], call["guidance_scale"], states.dtype)
+    return steps, output, reference.x0_estimate(states, output, steps, table)
+
+
+def _memory_of_the_draft(original: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """Within a window the change of x0 is taken from what was drafted at the step before, not from its evaluation."""
+    reference = importlib.import_module("free_kernels.posterior.reference")
+    steps, output, x0 = _estimates(call)
+    drafted = reference.x0_estimate(call["states"][:, :-1], call["draft_output"], steps[:, :-1], call["table"])
+    before = torch.cat((call["previous_x0"][:, None], drafted), 1)
+    output = output + reference.at_step(call["table"].memory_gain, steps, x0.dtype) * (x0 - before)
+    given = {"target_output": output, "unconditional_output": None, "guidance_scale": 1.0, "previous_x0": None}
+    outcome = original(**{**call, **given, "table": call["table"]._replace(memory_gain=None)})
+    return outcome._replace(x0=x0[torch.arange(len(x0)), (outcome.advance - 1).clamp(min=0)])
+
+
+def _memory_of_the_next_step(original: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """After a rejection the x0 estimate of the abandoned state is remembered, one step too far."""
+    outcome, (_, _, x0) = original(**call), _estimates(call)
+    row, last = torch.arange(len(x0)), x0.shape[1] - 1
+    later = x0[row, outcome.advance.clamp(max=last)]
+    return outcome._replace(x0=torch.where(outcome.rejected[:, None], later, outcome.x0))
+
+
 _PLAIN, _SHIFTED = "one step, plain", "chain: gaussian, shifted, W=4"
 _BOTH = (_PLAIN, _SHIFTED)
 
@@ -313,6 +355,14 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "timestep off by one": Mutation(_later_timestep, (_SHIFTED, "chain: mixture, hold-x0, W=4")),
     "delta of x0 not clamped": Mutation(_unclipped_delta, ("one step, clipped", "chain: mixture, shifted, W=8, clipped")),
+    "memory from the draft": Mutation(
+        _memory(_memory_of_the_draft),
+        ("chain: gaussian, second order, shifted, W=4", "chain: gaussian, second order, hold-x0, W=16"),
+    ),
+    "memory of the abandoned step": Mutation(
+        _memory(_memory_of_the_next_step),
+        ("chain: gaussian, second order, shifted, W=4", "chain: gaussian, second order, hold-x0, W=4"),
+    ),
     "guidance left out of verification": Mutation(_unguided, ("one step, guided", "chain: gaussian, hold-x0, W=4, guided")),
     "anchors only if all are finite": Mutation(_finite_or_nothing, ("chain: cliff, over the cliff, W=3",)),
     "latents are the noise of step 0": Mutation(_latents_of_step_0, ("chain: gaussian, leaning, W=4",)),

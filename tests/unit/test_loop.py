@@ -48,11 +48,16 @@ def linear(process: ReverseProcess) -> LinearDrafter:
     return LinearDrafter(torch.full((process.num_steps, 3), 0.5), process.timestep, (2, 8, 8))
 
 
+def second_order(steps: int) -> ReverseProcess:
+    angle = torch.linspace(1.5, 0.0, steps + 1, dtype=torch.float64)
+    return ReverseProcess.from_levels(angle.cos(), angle.sin(), ReverseProcess.ddpm(steps).timestep, order=2)
+
+
 # --- no round waits for the device --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("form", ["plain", "clipped", "second order"])
 @pytest.mark.parametrize("name", ["hold-x0", "hold-output", "linear", "model"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_round_of_static_shapes_reads_nothing_from_the_device(
@@ -60,10 +65,10 @@ def test_a_round_of_static_shapes_reads_nothing_from_the_device(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     window: int,
-    clip: bool,
+    form: str,
     guidance_scale: float,
 ) -> None:
-    process = ReverseProcess.ddpm(20, clip_sample=clip)
+    process = second_order(20) if form == "second order" else ReverseProcess.ddpm(20, clip_sample=form == "clipped")
     request = request_for(make_dit(), class_labels=[1, 2, 3], process=process, guidance_scale=guidance_scale)
     moved = {field: on_meta(getattr(request, field)) for field in ("process", "conditioning", "seed")}
     request = dataclasses.replace(request, target=free.as_target(make_dit().to("meta")), **moved)
@@ -99,8 +104,9 @@ def test_a_round_of_other_shapes_does_read(make_dit: Callable[..., DiTTransforme
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 3, 8])
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
-def test_static_shapes_and_a_late_host_change_no_bit(drafter: str, window: int, lag: int) -> None:
-    common: dict[str, Any] = {"shape": (5,), "process": ReverseProcess.ddpm(40), "seed": [1, 2, 3, 4, 5]}
+@pytest.mark.parametrize("process", [ReverseProcess.ddpm(40), second_order(40)], ids=["first order", "second order"])
+def test_static_shapes_and_a_late_host_change_no_bit(process: ReverseProcess, drafter: str, window: int, lag: int) -> None:
+    common: dict[str, Any] = {"shape": (5,), "process": process, "seed": [1, 2, 3, 4, 5]}
     out = free.speculative_sample(GaussianModel(), drafter, window=window, **common)
     seen, state, stats = run_loop(static_setup(GaussianModel(), drafter, window, **common), lag)
     assert torch.equal(state, out.samples)
