@@ -82,6 +82,8 @@ class Live:
     """Kept for the reference operations; the kernels make noise faster than they could read it."""
     ledger: Ledger | None = None
     """Of a relaxed run."""
+    memory: Any = None
+    """The drafter's own, see :meth:`free.Drafter.remember`."""
 
     def keep(self, rows: torch.Tensor) -> Live:
         """The live samples at ``rows`` (int64)."""
@@ -128,7 +130,8 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
     noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
-    return Live(index, seed, step, state, last, request.conditioning, noise, ledger)
+    memory = setup.drafter.begin(last, request.sample_shape)
+    return Live(index, seed, step, state, last, request.conditioning, noise, ledger, memory)
 
 
 @dataclass
@@ -192,6 +195,7 @@ def propose(live: Live, setup: Setup, window: int) -> Proposed:
         request.sample_shape,
         request.guidance_scale,
         setup.impl,
+        live.memory,
     )
     proposal = setup.drafter.propose(situation)
     return Proposed(situation, proposal, length, uniforms, _query(proposal.states, step, length, setup))
@@ -253,12 +257,14 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
     if tau is not None and ledger:
         ledger = ledger.settle(tau, verification)
     usable = leading_finite(output).clamp(max=length).clamp_(min=1)
+    last = LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature)
     moved = replace(
         live,
         state=verification.next_state,
         step=live.step + verification.advance,
-        last=LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature),
+        last=last,
         ledger=ledger,
+        memory=setup.drafter.remember(situation, last),
     )
     return moved, Round(situation, length, states, len(proposed.query.states), verification)
 
