@@ -40,16 +40,19 @@ class Patches(NamedTuple):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Frequencies [..., D], patch after patch, of samples [..., D]."""
+        flat = values.reshape(-1, values.shape[-1])  # an index is fast on matrices only
         if not self.in_order:
-            values = values.index_select(-1, self.order)
-        patches = values.unflatten(-1, (-1, len(self.rows), len(self.columns)))
-        return (self.rows.to(values.dtype) @ patches @ self.columns.to(values.dtype).T).flatten(-3)
+            flat = flat.index_select(1, self.order)
+        patches = flat.unflatten(-1, (-1, len(self.rows), len(self.columns)))
+        return (self.rows.to(values.dtype) @ patches @ self.columns.to(values.dtype).T).view(values.shape)
 
     def inverse(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Samples [..., D] of frequencies [..., D]."""
-        patches = frequencies.unflatten(-1, (-1, len(self.rows), len(self.columns)))
-        values = (self.rows.to(patches.dtype).T @ patches @ self.columns.to(patches.dtype)).flatten(-3)
-        return values if self.in_order else torch.empty_like(values).index_copy_(-1, self.order, values)
+        patches = frequencies.reshape(-1, frequencies.shape[-1]).unflatten(-1, (-1, len(self.rows), len(self.columns)))
+        flat = (self.rows.to(patches.dtype).T @ patches @ self.columns.to(patches.dtype)).flatten(1)
+        if not self.in_order:
+            flat = torch.empty_like(flat).index_copy_(1, self.order, flat)
+        return flat.view(frequencies.shape)
 
     def sums(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Sums over each band, [..., G * K], of frequencies [..., D]."""
@@ -58,9 +61,9 @@ class Patches(NamedTuple):
 
     def spread(self, values: torch.Tensor, numel: int) -> torch.Tensor:
         """Each band's value [..., G * K] at its frequencies, [..., D]."""
-        of_patch = values.unflatten(-1, (self.groups, 1, -1)).index_select(-1, self.band)  # [..., G, 1, P * Q]
+        of_patch = values.reshape(-1, self.member.shape[1]).index_select(1, self.band)  # [... * G, P * Q]
         count = numel // (self.groups * len(self.band))
-        return of_patch.expand(*of_patch.shape[:-2], count, -1).flatten(-3)
+        return of_patch.unsqueeze(1).expand(-1, count, -1).reshape(*values.shape[:-1], numel)
 
 
 def check_patches(patches: Patches, numel: int, device: torch.device) -> None:

@@ -11,8 +11,6 @@ from free.drafters.hold import hold
 from free.drafters.patches import patches_of
 from free_kernels import Proposal, Scales, gain_correction, learn_gains
 
-_FORGETTING = (0.7, 0.85)
-"""What a pair of evaluations of one step, and one of neighbours, leaves of what was learned before."""
 _RIDGE = 0.01
 
 
@@ -39,6 +37,8 @@ class Gains(Drafter):
 
     name = "gains"
     capturable = True
+    forgetting = (0.7, 0.85)
+    """What a pair of evaluations of one step, and one of neighbours, leaves of what was learned before."""
 
     def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> GainMemory:
         zeros = last.states.new_zeros(last.states.shape)
@@ -82,7 +82,7 @@ class Gains(Drafter):
                 process.table,
                 Scales(process.signal, process.noise_ratio),
                 patches_of(situation.sample_shape, window.states.device),
-                forgetting=_FORGETTING,
+                forgetting=self.forgetting,
                 unconditional_outputs=window.unconditional,
                 guidance_scale=situation.guidance_scale,
                 impl=situation.impl,

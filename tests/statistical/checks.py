@@ -15,6 +15,7 @@ Hence ONE_STEP = 1e5 rows of one step, and chains of n samples with n * (S - 1) 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 
 import free
-from free.drafters import Drafter, Situation, StepDrafter
-from free_kernels import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, posterior, uniform, verify
+from free.drafters import Drafter, LastWindow, Situation, StepDrafter
+from free.drafters.base import walk
+from free_kernels import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, anchor_index, normal, posterior, uniform, verify
 from tests.analytic import GaussianTarget, MixtureTarget, ShiftedModel, turning_direction
 from tests.featured import WIDTH, FeaturedTarget, feature_drafter
 from tests.statistical import laws
@@ -205,6 +207,31 @@ class LeaningDrafter(StepDrafter):
         return self.model(state, process.timestep[step], **situation.conditioning) + self.norm * scale * unit(towards)
 
 
+class RememberingDrafter(free.Gains):
+    """A legal draft that leans on its memory as hard as it can: |delta| = 1.5 along the numbers that lately moved most.
+
+    An evaluation at step k+1 was moved by the noise of step k; a memory that has absorbed it would show where.
+    """
+
+    name = "remembering"
+    forgetting = (0.5, 0.5)
+
+    def __init__(self, model: Callable[..., torch.Tensor], norm: float = 1.5) -> None:
+        self.model, self.norm = model, norm
+
+    def propose(self, situation: Situation) -> Any:
+        return walk(situation, lambda state, step: self.draft(state, step, situation))
+
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        process, last = situation.process, situation.last
+        column = anchor_index(step[:, None], last.step, last.length)[:, 0]
+        answered, unanswered = situation.memory.sums[torch.arange(len(step)), column, 1].unbind(1)  # of neighbours
+        moved = answered + process.noise_ratio[step][:, None] * unanswered
+        moved = torch.where(moved.norm(dim=-1, keepdim=True) > 1e-6, moved, turning_direction(state))
+        scale = (process.std / process.model_coef)[step][:, None]
+        return self.model(state, process.timestep[step], **situation.conditioning) + self.norm * scale * unit(moved)
+
+
 class Recorder(Drafter):
     """Drafts as another drafter does, and remembers each round's start and draft outputs."""
 
@@ -215,6 +242,12 @@ class Recorder(Drafter):
 
     def check(self, target: free.Target) -> None:
         self.drafter.check(target)
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        return self.drafter.begin(last, sample_shape)
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        return self.drafter.remember(situation, window)
 
     def propose(self, situation: Situation) -> Any:
         proposal = self.drafter.propose(situation)
@@ -230,7 +263,8 @@ class Chain:
     output: free.SamplingOutput
     window: int
     innovation: torch.Tensor
-    """[n, S-1, D]: (x[k+1] - target_mean(x[k])) / std[k]; iid N(0, I) for an exact sampler. The last step has no noise."""
+    """[n, S-1, D]: (x[k+1] - target_mean(x[k])) / std[k]; iid N(0, I) for an exact sampler. The last step has no noise, and
+    where a step in mid-chain has none, this and what follows leave it out."""
     last_error: torch.Tensor
     """[n, D]: x[S] - target_mean(x[S-1])."""
     delta: torch.Tensor
@@ -257,6 +291,8 @@ class Case:
     seed: int = 1
     shape: tuple[int, ...] = (DIM,)
     """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
+    quiet: int | None = None
+    """A step in mid-chain that has no noise."""
 
 
 def make_target(case: Case) -> Any:
@@ -271,6 +307,11 @@ def center(samples: int) -> torch.Tensor:
 
 
 def make_process(case: Case) -> free.ReverseProcess:
+    if case.quiet is not None:
+        process = free.ReverseProcess.ddpm(case.steps)
+        std = process.std.clone()
+        std[case.quiet] = 0
+        return dataclasses.replace(process, std=std)
     if case.clip is None:
         return free.ReverseProcess.ddpm(case.steps)
     return free.ReverseProcess.ddpm(case.steps, clip_sample=True, clip_sample_range=case.clip)
@@ -319,6 +360,7 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     drafter = {
         "shifted": lambda: ShiftedModel(model, process),
         "leaning": lambda: LeaningDrafter(model),
+        "remembering": lambda: RememberingDrafter(model),
         "linear": lambda: random_linear(case),
         "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1),
         "feature, untrained, two sweeps": lambda: feature_drafter(None, 2),
@@ -326,6 +368,7 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
         "the paper's, untrained": lambda: feature_drafter(None, 0),
         "feature, trained": lambda: trained_drafter(case.target, case.steps),
         "fresh hold-x0": lambda: free.Fresh(free.HoldX0()),
+        "fresh gains": lambda: free.Fresh(free.Gains()),
     }.get(case.drafter)
     conditioning = {"center": center(case.samples).to(device)} if guided else {}
     if guided and case.drafter == "shifted":
@@ -374,7 +417,9 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
     delta = torch.where(tested[..., None], (drafted_mean - mean[:, :last]) / std, 0.0)
     redrafted = torch.zeros_like(tested)
     redrafted[:, 1:] = tested[:, 1:] & tested[:, :-1] & ~accepted[:, :-1]
-    return Chain(process, output, case.window, error[:, :last] / std, error[:, last], delta, tested, accepted, redrafted)
+    noisy = std[:, 0] > 0
+    by_step = ((error[:, :last] / std)[:, noisy], delta[:, noisy], tested[:, noisy], accepted[:, noisy], redrafted[:, noisy])
+    return Chain(process, output, case.window, by_step[0], error[:, last], *by_step[1:])
 
 
 def _settled_drafts(
@@ -394,7 +439,7 @@ def _settled_drafts(
         row = seed - base
         advance = following[row] - start
         following[row] = start
-        length = (last - start + 1).clamp(max=min(case.window, last + 1))
+        length = (process.exact_step.to(device)[start] - start + 1).clamp(max=min(case.window, last + 1))
         for j in range(drafted.shape[1]):
             ends_here = advance == j + 1
             was_tested = (j < advance) & (j < length - 1)
@@ -491,6 +536,13 @@ CASES: dict[str, Case] = {
     "ill-conditioned, shifted, W=4": Case("ill-conditioned", "shifted", 4, seed=11),
     "mixture, hold-x0, W=4, clipped": Case("mixture", "hold-x0", 4, clip=0.8, seed=12),
     "mixture, shifted, W=8, clipped": Case("mixture", "shifted", 8, clip=0.8, seed=13),
+    "gaussian, gains, W=4": Case("gaussian", "gains", 4, seed=40),
+    "gaussian, remembering, W=4": Case("gaussian", "remembering", 4, seed=46),
+    "gaussian, gains, W=8, guided": Case("gaussian", "gains", 8, guidance_scale=2.0, seed=41),
+    "gaussian, gains, W=8, a step without noise": Case("gaussian", "gains", 8, seed=42, steps=12, quiet=6),
+    "gaussian, fresh gains, W=4": Case("gaussian", "fresh gains", 4, seed=43),
+    "mixture, gains, W=8, clipped": Case("mixture", "gains", 8, clip=0.8, seed=44),
+    "ill-conditioned, gains, W=8": Case("ill-conditioned", "gains", 8, steps=20, samples=6000, seed=45),
     "gaussian, linear, W=4": Case("gaussian", "linear", 4, seed=14, shape=(1, 2, 3)),
     "gaussian, linear, W=8, guided": Case("gaussian", "linear", 8, guidance_scale=2.0, seed=15),
     "mixture, linear, W=8, clipped": Case("mixture", "linear", 8, clip=0.8, seed=16, shape=(1, 3, 2)),

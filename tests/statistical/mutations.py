@@ -163,6 +163,29 @@ def _unguided() -> Any:
     return replaced("free_kernels.verify.reference", "verify", make)
 
 
+def _knowledge(change: Callable[[inspect.BoundArguments, Callable[..., Any]], Any]) -> Callable[[], Any]:
+    """A bug in what a window teaches of the gains: ``change(the call's arguments, original)``."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: change(inspect.signature(original).bind(*args), original)
+
+    return lambda: replaced("free_kernels.learn_gains.reference", "learn_gains", make)
+
+
+def _learned_ahead(call: inspect.BoundArguments, original: Callable[..., Any]) -> Any:
+    """The draft of step k has absorbed the evaluation at k+1, which has seen the noise of step k."""
+    states, x0, sums = original(*call.args)
+    return states, x0, torch.cat((sums[:, 1:], sums[:, -1:]), 1)
+
+
+def _learned_abandoned(call: inspect.BoundArguments, original: Callable[..., Any]) -> Any:
+    """The sums go on from the end of the last window, though its last steps were abandoned and are drafted again."""
+    sums, length = call.arguments["known_sums"], call.arguments["known_length"]
+    end = sums[torch.arange(len(sums)), length - 1]
+    call.arguments["known_sums"] = end[:, None].expand_as(sums)
+    return original(*call.args)
+
+
 _PLAIN, _SHIFTED = "one step, plain", "chain: gaussian, shifted, W=4"
 _BOTH = (_PLAIN, _SHIFTED)
 
@@ -201,6 +224,12 @@ MUTATIONS: dict[str, Mutation] = {
     "anchor at step k+1, Situation.anchor": Mutation(
         _later_anchor("free.drafters.base"), ("chain: gaussian, leaning, W=4", "chain: gaussian, linear, W=4")
     ),
+    "anchor at step k+1, gains": Mutation(
+        _later_anchor("free_kernels.gain_correction.reference"),
+        ("chain: gaussian, gains, W=4", "chain: ill-conditioned, gains, W=8"),
+    ),
+    "gains learned from step k+1": Mutation(_knowledge(_learned_ahead), ("chain: gaussian, remembering, W=4",)),
+    "gains learned from abandoned steps": Mutation(_knowledge(_learned_abandoned), ("chain: gaussian, remembering, W=4",)),
     "timestep off by one": Mutation(_later_timestep, (_SHIFTED, "chain: mixture, hold-x0, W=4")),
     "delta of x0 not clamped": Mutation(_unclipped_delta, ("one step, clipped", "chain: mixture, shifted, W=8, clipped")),
     "guidance left out of verification": Mutation(_unguided, ("one step, guided", "chain: gaussian, hold-x0, W=4, guided")),

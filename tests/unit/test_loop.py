@@ -60,7 +60,7 @@ def linear(process: ReverseProcess) -> LinearDrafter:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "linear", "model"])
+@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "gains", "linear", "model"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_round_of_static_shapes_reads_nothing_from_the_device(
     make_dit: Callable[..., DiTTransformer2DModel],
@@ -119,7 +119,7 @@ def run_loop(
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 3, 8])
-@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output", "gains"])
 def test_static_shapes_and_a_late_host_change_no_bit(drafter: str, window: int, lag: int) -> None:
     common: dict[str, Any] = {"shape": (5,), "process": ReverseProcess.ddpm(40), "seed": [1, 2, 3, 4, 5]}
     out = free.speculative_sample(GaussianModel(), drafter, window=window, **common)
@@ -206,7 +206,7 @@ def _rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_rehearsed")
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(("drafter", "window"), [("hold-x0", 4), ("hold-output", 3), ("hold-x0", 1)])
+@pytest.mark.parametrize(("drafter", "window"), [("hold-x0", 4), ("hold-output", 3), ("gains", 4), ("hold-x0", 1)])
 def test_captured_rounds_change_no_bit_and_serve_again(drafter: str, window: int, lag: int) -> None:
     target, process = free.as_target(GaussianModel()), ReverseProcess.ddpm(40)
     for seed in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
