@@ -10,6 +10,7 @@ import torch
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
 from free.drafters.fresh import Fresh
+from free.drafters.gains import Gains
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
@@ -18,7 +19,7 @@ from free.targets import Target
 if TYPE_CHECKING:
     from free.drafters.feature import FeatureDrafter
 
-DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, HoldOutput.name: HoldOutput}
+DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, Gains.name: Gains, HoldOutput.name: HoldOutput}
 """The drafters that need no weights, by name."""
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Drafter",
     "FeatureDrafter",
     "Fresh",
+    "Gains",
     "HoldOutput",
     "HoldX0",
     "LastWindow",

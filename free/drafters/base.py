@@ -93,6 +93,8 @@ class Situation:
     impl: str
     x0: torch.Tensor | None = None
     """float32 [B, D], of a process of second order: the target's estimate of x0 at the step before ``step``."""
+    memory: Any = None
+    """The drafter's own, as :meth:`Drafter.remember` left it."""
 
     def anchor(self, step: torch.Tensor) -> Anchor:
         """The evaluation that a draft for ``step`` may lean on: the last window's latest at a step <= its own.
@@ -132,6 +134,25 @@ class Drafter(ABC):
 
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
         """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        """The memory of samples that nothing is known of: a dataclass of tensors with one row a sample, or None.
+
+        It goes where the samples go: a sample that leaves takes its rows with it. Tensors may be written in place.
+
+        Args:
+            last: the empty window before the first, as wide as any to come.
+            sample_shape: of one sample.
+        """
+        return None
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        """The memory that the next window is drafted with, after ``window`` was drafted from ``situation`` and evaluated.
+
+        How its steps were settled is not known yet, and part of the window may be abandoned. What the next window's draft
+        for step k takes from the memory may depend on evaluations at steps <= k only, this window's and all before.
+        """
+        return None
 
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 
 from free.checks import on_cpu
 from free.drafters.base import Situation, StepDrafter
+from free.drafters.patches import cosines
 from free.outputs import check_folder
 from free_kernels import NOISE_STREAM, Proposal, normal
 
@@ -51,7 +52,7 @@ class Bands:
         self.image = len(self.sample_shape) == 3 and count > 1
         if self.image:
             channels, height, width = self.sample_shape
-            self.rows, self.columns = _cosines(height).float(), _cosines(width).float()
+            self.rows, self.columns = cosines(height).float(), cosines(width).float()
             distance = torch.hypot(
                 torch.arange(height, dtype=torch.float64)[:, None] / height, torch.arange(width, dtype=torch.float64) / width
             )
@@ -83,14 +84,6 @@ class Bands:
 def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:
     """It is the networks that a caller's autocast is meant for."""
     return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
-
-
-def _cosines(size: int) -> torch.Tensor:
-    """The orthonormal DCT-II as a matrix [size, size], float64: frequency by position."""
-    frequency, position = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi * frequency * (position + 0.5) / size) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
 
 
 @dataclass

@@ -20,6 +20,7 @@ from free.processes.ddpm import ddpm_scheduler
 from free.processes.euler import churn, edm_columns, flow_sde_columns
 from free.processes.levels import Levels, kept_share, level_columns, level_std, second_order_memory, x0_columns
 from free.processes.schedulers import scheduler_columns
+from free.processes.signal import signal_and_noise
 from free_kernels import StepTable
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ class ReverseProcess:
     """float32 [S]: the same as a gain of the output, which ``y[k] + memory_gain[k] (m[k] - m[k-1])`` replaces, or None."""
     exact_step: torch.Tensor = field(init=False, repr=False)
     """int64 [S]: the first step >= k that is never drafted, because its std is 0 or it is the last."""
+    signal: torch.Tensor = field(init=False, repr=False)
+    """[S]: the state of step k is signal * x0 + noise in the mean."""
+    noise_ratio: torch.Tensor = field(init=False, repr=False)
+    """[S]: the standard deviation of that noise over ``signal``."""
 
     def __post_init__(self) -> None:
         if self.clip_range is not None:
@@ -111,6 +116,11 @@ class ReverseProcess:
         step = torch.arange(self.num_steps, device=self.std.device)
         candidates = torch.where(never_drafted, step, self.num_steps)
         object.__setattr__(self, "exact_step", candidates.flip(0).cummin(0).values.flip(0))
+        signal, noise_ratio = signal_and_noise(
+            self.state_coef, self.model_coef, self.std, self.x0_state_coef, self.x0_model_coef
+        )
+        object.__setattr__(self, "signal", signal)
+        object.__setattr__(self, "noise_ratio", noise_ratio)
 
     def _check_log_variance_range(self, logs: torch.Tensor) -> None:
         if logs.shape != (self.num_steps, 2):

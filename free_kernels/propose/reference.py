@@ -52,10 +52,10 @@ def propose(
 
     column = anchor_index(steps, anchor_step, anchor_length)
     anchor_steps = anchor_step[:, None] + column
-    column = column.unsqueeze(-1).expand(-1, -1, numel)
+    row = torch.arange(len(step), device=step.device)[:, None]
     if unconditional_anchor_outputs is not None:
-        unconditional_anchor_outputs = unconditional_anchor_outputs.gather(1, column)
-    held = guided(anchor_outputs.gather(1, column), unconditional_anchor_outputs, guidance_scale, dtype)
+        unconditional_anchor_outputs = unconditional_anchor_outputs[row, column]
+    held = guided(anchor_outputs[row, column], unconditional_anchor_outputs, guidance_scale, dtype)
     if correction is not None:
         correction = correction[:, : window - 1].to(dtype)
         if draft == "hold-output":
@@ -73,7 +73,7 @@ def propose(
         slope, gain = at_step(table.state_coef, steps, dtype), at_step(table.model_coef, steps, dtype)
         drive = gain * held + scaled_noise
     else:
-        x0 = x0_estimate(anchor_states.gather(1, column).to(dtype), held, anchor_steps, table)  # [B, W-1, D]
+        x0 = x0_estimate(anchor_states[row, column].to(dtype), held, anchor_steps, table)  # [B, W-1, D]
         x0_state_coef, x0_model_coef = at_step(table.x0_state_coef, steps, dtype), at_step(table.x0_model_coef, steps, dtype)
         if correction is not None:
             x0 = x0 + x0_model_coef * correction  # the x0 estimate that the corrected output stands for

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import free
-from free.drafters import Drafter, Situation
+from free.drafters import Drafter, LastWindow, Situation
 from free_kernels import LATENT_STREAM, normal
 from tests.featured import FeaturedTarget
 from tests.statistical import laws
@@ -37,6 +37,12 @@ class Recorder(Drafter):
 
     def check(self, target: free.Target) -> None:
         self.drafter.check(target)
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        return self.drafter.begin(last, sample_shape)
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        return self.drafter.remember(situation, window)
 
     def propose(self, situation: Situation) -> Any:
         proposal = self.drafter.propose(situation)

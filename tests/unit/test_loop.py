@@ -58,7 +58,7 @@ def second_order(steps: int) -> ReverseProcess:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("form", ["plain", "clipped", "second order"])
-@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "linear", "model"])
+@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "gains", "linear", "model"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_round_of_static_shapes_reads_nothing_from_the_device(
     make_dit: Callable[..., DiTTransformer2DModel],
@@ -103,7 +103,7 @@ def test_a_round_of_other_shapes_does_read(make_dit: Callable[..., DiTTransforme
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 3, 8])
-@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output", "gains"])
 @pytest.mark.parametrize("process", [ReverseProcess.ddpm(40), second_order(40)], ids=["first order", "second order"])
 def test_static_shapes_and_a_late_host_change_no_bit(process: ReverseProcess, drafter: str, window: int, lag: int) -> None:
     common: dict[str, Any] = {"shape": (5,), "process": process, "seed": [1, 2, 3, 4, 5]}
