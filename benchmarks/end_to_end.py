@@ -21,6 +21,9 @@ from free.processes import ReverseProcess
 from free.targets import DiTTarget
 
 BENCHMARK = "end to end"
+BY_IMPLEMENTATION = "end to end, by implementation"
+COMPARED = "hold-x0"
+"""The drafter that is run in every implementation, with the first of the windows."""
 FORWARD = "forward in the sampler's run"
 _RUNS = 3  # of a configuration, after one that warms up
 _ENOUGH = 6.0  # seconds, after which there are no more of them
@@ -72,6 +75,9 @@ class _Group:
     def measure(self, drafters: dict[str, Any], windows: Sequence[int], forwards: Sequence[int]) -> None:
         baselines = {name: self._ancestral(name) for name in IMPLEMENTATIONS}
         baselines = {name: seconds for name, seconds in baselines.items() if seconds is not None}
+        for name in baselines:
+            if name != best(self.device):
+                self._speculative(COMPARED, drafters[COMPARED], windows[0], baselines, {}, name)
         if best(self.device) not in baselines:
             self.record.skip(OUT_OF_TIME, **self.bound_key)
             return
@@ -141,13 +147,23 @@ class _Group:
         return taken
 
     def _speculative(
-        self, name: str, drafter: Any, window: int | str, baselines: dict[str, float], taken: dict[int, float]
+        self,
+        name: str,
+        drafter: Any,
+        window: int | str,
+        baselines: dict[str, float],
+        taken: dict[int, float],
+        implementation: str | None = None,
     ) -> tuple[dict[str, Any] | None, list[free.SamplingStatistics]]:
-        key = {"benchmark": BENCHMARK, "sampler": "speculative", **self.key, "drafter": name, "window": window}
+        """In the fastest implementation, or in another one that is named."""
+        benchmark, implementation = (
+            (BENCHMARK, best(self.device)) if implementation is None else (BY_IMPLEMENTATION, implementation)
+        )
+        key = {"benchmark": benchmark, "sampler": "speculative", **self.key, "drafter": name, "window": window}
         if self.record.out_of_time:
-            self.record.skip(OUT_OF_TIME, **key)
+            self.record.skip(OUT_OF_TIME, **key, implementation=implementation)
             return None, []
-        modes = {"capture": self.device.type == "cuda", "compile": True}
+        modes = {"capture": is_captured(implementation), "compile": is_compiled(implementation)}
 
         def run(seed: int) -> free.SamplingStatistics:
             return free.speculative_sample(self.target, drafter, window=window, seed=seed, **modes, **self.common).stats
@@ -158,14 +174,14 @@ class _Group:
         widths: Counter[int] = sum((one.windows for one in stats), Counter())
         row = self.record.write(
             **key,
-            implementation=best(self.device),
+            implementation=implementation,
             seconds_per_sample=seconds,
             runs=len(stats),
             parallel_efficiency=efficiency,
             acceptance_rate=float(sum(one.accepted.sum() for one in stats) / max(1, sum(one.tested.sum() for one in stats))),
             windows={str(width): count for width, count in sorted(widths.items())},
             speedup={name: baseline / seconds for name, baseline in baselines.items()},
-            **({"bound": bound_of_window(efficiency, window, taken)} if isinstance(window, int) else {}),
+            **({"bound": bound_of_window(efficiency, window, taken)} if isinstance(window, int) and taken else {}),
         )
         return row, stats
 
@@ -180,4 +196,5 @@ def _repeated(run: Callable[[int], free.SamplingStatistics]) -> list[free.Sampli
 
 
 def _per_sample(stats: Sequence[free.SamplingStatistics]) -> float:
-    return statistics.median(one.total_seconds / len(one.rounds) for one in stats)
+    """Without the recording of graphs, which a run needs where it meets a batch size or a window for the first time."""
+    return statistics.median((one.total_seconds - one.seconds.get("recording", 0.0)) / len(one.rounds) for one in stats)

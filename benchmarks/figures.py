@@ -16,7 +16,7 @@ from benchmarks.rows import RESULTS
 Rows = Sequence[dict[str, Any]]
 
 _COLORS = ("C0", "C1", "C2", "C3", "C4")
-_LINES = dict(zip(IMPLEMENTATIONS, ("-", "--", "-.", ":"), strict=True))
+_LINES = dict(zip(IMPLEMENTATIONS, (":", "--", "-.", "-"), strict=True))
 
 
 def figure_path(kind: str, device: str, results: Path = RESULTS) -> Path:

@@ -18,6 +18,7 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,13 +66,14 @@ class Scale:
     """Windows that are sampled with."""
     steps: int = 250
 
-    def only(self, models: list[str]) -> Scale:
-        """Of these models."""
+    def only(self, models: Sequence[str], batches: Sequence[int]) -> Scale:
+        """Of these models, at these batch sizes."""
         return replace(
             self,
             sizes=tuple(size for size in self.sizes if size.name in models),
             shared=tuple(size for size in self.shared if size.name in models),
             recipes=tuple(recipe for recipe in self.recipes if recipe.size.name in models),
+            batches=tuple(batches),
         )
 
     @property
@@ -119,7 +121,8 @@ def run(scale: Scale, parts: list[str], record: Record, device: torch.device, we
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="all if left out")
-    parser.add_argument("--models", nargs="+", choices=Scale().models, help="all if left out")
+    parser.add_argument("--models", nargs="+", choices=Scale().models, help="all if left out; a dry run has its own")
+    parser.add_argument("--batches", nargs="+", type=int, help="as --models")
     parser.add_argument("--minutes", type=float, default=7, help="a part begins nothing after these")
     parser.add_argument("--resume", action="store_true", help="leave out what the rows hold; reuse trained models")
     parser.add_argument("--results", type=Path, default=None, metavar="FOLDER", help="of the rows")
@@ -135,7 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     if missing and "end-to-end" in options.part:
         print(f"--part end-to-end needs {', '.join(missing)}: pip install 'free-dit[train]'", file=sys.stderr)
         return 1
-    scale = TOY if options.toy else Scale()
+    full = Scale()
+    scale = TOY if options.toy else full.only(options.models or full.models, options.batches or full.batches)
     results = options.results or (Path(tempfile.mkdtemp()) if options.toy else RESULTS)
     record = Record(
         "gpu-toy" if options.toy else "gpu",
@@ -148,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(_WEIGHTS, ignore_errors=True)
     with tempfile.TemporaryDirectory() as temporary:
         weights = Path(temporary) if options.toy else _WEIGHTS
-        run(scale.only(options.models) if options.models else scale, options.part, record, device, weights)
+        run(scale, options.part, record, device, weights)
     print(f"{len(record.rows)} rows in {record.name}.jsonl")
     return 0
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end import BENCHMARK
+from benchmarks.end_to_end import BENCHMARK, BY_IMPLEMENTATION, COMPARED
 from benchmarks.figures import figure_path
-from benchmarks.latency import BEST
+from benchmarks.latency import BEST, IMPLEMENTATIONS
 from benchmarks.models import GUIDANCE
 from benchmarks.record import matches
 from benchmarks.rows import RESULTS, read_rows
@@ -71,6 +71,7 @@ def _gpu(rows: Rows) -> Iterator[str]:
     for device in dict.fromkeys(row["device"] for row in rows):
         own = [row for row in rows if row["device"] == device]
         yield from _end_to_end(device, own)
+        yield from _by_implementation(device, own)
         yield from _break_even(device, own)
         yield from _share(device, own)
         yield from _projection(device, own)
@@ -116,6 +117,39 @@ def _end_to_end(device: str, rows: Rows) -> Iterator[str]:
     )
     yield _image("gpu-speedup", "speed-up by batch", device)
     yield _image("gpu-break-even", "rounds saved against what a round costs", device)
+
+
+def _by_implementation(device: str, rows: Rows) -> Iterator[str]:
+    speculative = [row for row in rows if row["benchmark"] == BY_IMPLEMENTATION]
+    if not speculative:
+        return
+    window = speculative[-1]["window"]
+    of_both = {
+        "ancestral": {"sampler": "ancestral"},
+        "speculative": {"sampler": "speculative", "drafter": COMPARED, "window": window},
+    }
+    compared = [row for row in rows if row["benchmark"] in (BENCHMARK, BY_IMPLEMENTATION)]
+    seconds = {
+        (row["model"], row["batch"], sampler, row["implementation"]): row["seconds_per_sample"]
+        for row in compared
+        for sampler, key in of_both.items()
+        if matches(row, **key)
+    }
+    groups = dict.fromkeys((row["model"], row["batch"]) for row in speculative)
+    yield (
+        f"What each way to run a model is worth to either sampler, seconds a sample on one {device}, S = "
+        f"{speculative[-1]['steps']}, guidance {GUIDANCE}; speculative sampling by {COMPARED}, W = {window}:"
+    )
+    lines = [
+        (
+            *group,
+            sampler,
+            *(f"{taken:.3g}" if (taken := seconds.get((*group, sampler, name))) else "-" for name in IMPLEMENTATIONS),
+        )
+        for group in groups
+        for sampler in of_both
+    ]
+    yield _table(("model", "batch", "sampler", *IMPLEMENTATIONS), lines)
 
 
 def _break_even(device: str, rows: Rows) -> Iterator[str]:

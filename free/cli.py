@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Asks ``late`` for its arguments when it is used: what they are read from is slow to import."""
+
+    late: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late(self)
+        return super().parse_known_args(*arguments, **keywords)
+
+
 def _parser() -> argparse.ArgumentParser:
     from free.version import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="free-dit", description="Lossless speculative sampling for Diffusion Transformers."
-    )
+    parser = _Parser(prog="free-dit", description="Lossless speculative sampling for Diffusion Transformers.")
     parser.add_argument("--version", action="version", version=f"free-dit {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
 
@@ -102,9 +112,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from free.data.digits import weights_path
+    from free.drafters import LinearDrafter
     from free.targets.loading import load_target
     from free.training.calibration import calibrate, held_out_table
 
+    LinearDrafter.check_folder("--output-dir", arguments.output_dir)
     target = load_target(arguments.model or weights_path())
     common: dict[str, Any] = {
         "class_labels": range(target.null_class),
@@ -177,8 +189,6 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _add_train_drafter(commands: Any) -> None:
-    from free.training.config import add_arguments
-
     train = commands.add_parser(
         "train-drafter",
         help="train a learned drafter for a DiT",
@@ -186,8 +196,14 @@ def _add_train_drafter(commands: Any) -> None:
         "runs it on several GPUs. --base none --states noised is the paper's training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_arguments(train)
+    train.late = _train_arguments
     train.set_defaults(run=_train_drafter)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from free.training.config import add_arguments
+
+    add_arguments(parser)
 
 
 def _train_drafter(arguments: argparse.Namespace) -> None:
@@ -203,10 +219,9 @@ def _window(text: str) -> int | str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no int of 1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ gathered inside by step. This package knows tensors only and never imports :mod:
 
 from free_kernels.acceptance import Acceptance, acceptance, acceptance_from_means
 from free_kernels.dispatch import IMPLEMENTATIONS
+from free_kernels.gain_correction import gain_correction
+from free_kernels.gains import Scales
 from free_kernels.householder import householder
+from free_kernels.learn_gains import Knowledge, learn_gains
+from free_kernels.patches import Patches
 from free_kernels.philox import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, philox, uniform
-from free_kernels.posterior import posterior
-from free_kernels.posterior.reference import guided, x0_estimate
+from free_kernels.posterior import posterior, posterior_with_memory
+from free_kernels.posterior.reference import effective_output, guided, x0_estimate
 from free_kernels.propose import HOLD_DRAFTS, Proposal, propose
 from free_kernels.propose.reference import anchor_index
 from free_kernels.table import StepTable
@@ -23,17 +27,24 @@ __all__ = [
     "NOISE_STREAM",
     "TEST_STREAM",
     "Acceptance",
+    "Knowledge",
+    "Patches",
     "Proposal",
+    "Scales",
     "StepTable",
     "Verification",
     "acceptance",
     "acceptance_from_means",
     "anchor_index",
+    "effective_output",
+    "gain_correction",
     "guided",
     "householder",
+    "learn_gains",
     "normal",
     "philox",
     "posterior",
+    "posterior_with_memory",
     "propose",
     "uniform",
     "verify",

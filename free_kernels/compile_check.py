@@ -188,14 +188,19 @@ def _launches() -> Iterator[str]:
         half, scale = (output, 1.5) if variant.guided else (None, 1.0)
         tau = states[:, :, 0].contiguous() if variant.relaxed else None
         noise, uniforms = (states, states[:, 1:, 0].contiguous()) if variant.stored else (None, None)
-        verify.verify(states, output, states[:, 1:], index, index, index, table, half, scale, noise, uniforms, tau)
+        x0 = states[:, 0] if variant.remembers else None
+        table = table._replace(memory_gain=column if variant.remembers else None)
+        verify.verify(states, output, states[:, 1:], index, index, index, table, half, scale, noise, uniforms, tau, x0)
         if variant.window > 1:
-            acceptance.acceptance(states, output, states[:, 1:], index, index, table, half, scale, noise)
+            acceptance.acceptance(states, output, states[:, 1:], index, index, table, half, scale, noise, x0)
         for draft in HOLD_DRAFTS:
             window = (states[:, 0], index, index, variant.window, states, output, index, index, table)
-            propose.propose(*window, draft, half, scale, noise, output if variant.corrected else None)
+            propose.propose(*window, draft, half, scale, noise, output if variant.corrected else None, x0)
         first = [None if values is None else values[:, 0] for values in (states, output, half, noise)]
-        posterior.posterior(first[0], first[1], index, index, table, first[2], scale, first[3])
+        if x0 is None:
+            posterior.posterior(first[0], first[1], index, index, table, first[2], scale, first[3])
+        else:
+            posterior.posterior_with_memory(first[0], first[1], x0, index, index, table, first[2], scale, first[3])
 
 
 @dataclass(frozen=True)
@@ -212,12 +217,15 @@ class _Variant:
     """Whether a correction is added to the drafts."""
     relaxed: bool = False
     """Whether the tests are, by a tau."""
+    remembers: bool = False
+    """Whether the process is of second order."""
     window: int = 8
 
     @property
     def label(self) -> str:
         words = [_name(self.dtype), f"D={self.numel}", "guided" * self.guided, "clipped" * self.clips]
         words += ["noise read" * self.stored, "corrected" * self.corrected, "relaxed" * self.relaxed]
+        words += ["second order" * self.remembers]
         words += [f"W={self.window}" * (self.window != 8)]
         return ", ".join(filter(None, words))
 
@@ -241,6 +249,11 @@ def _variants() -> Iterator[_Variant]:
     yield _Variant(_SEVERAL, torch.bfloat16, relaxed=True, window=64)
     yield _Variant(_ODD, torch.float32, clips=True, corrected=True, relaxed=True)
     yield _Variant(_LARGE, torch.float32, clips=True, stored=True, corrected=True, relaxed=True)
+    for dtype in _OUTPUTS:
+        yield _Variant(_SMALL, dtype, corrected=True, remembers=True)
+    yield _Variant(_ODD, torch.float32, guided=False, remembers=True, window=1)
+    yield _Variant(_SEVERAL, torch.bfloat16, remembers=True, window=64)
+    yield _Variant(_LARGE, torch.float32, stored=True, corrected=True, relaxed=True, remembers=True)
 
 
 def _compile_task(task: tuple[Build, int]) -> Usage | str:

@@ -58,9 +58,14 @@ class GaussianTarget:
     def chain_moments(
         self, process: ReverseProcess, center: torch.Tensor | None = None, guidance_scale: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean [D] and covariance [D, D] of the ancestral sampler's sample, by recursion over the table, float64."""
+        """Mean [D] and covariance [D, D] of the ancestral sampler's sample, by recursion over the table, float64.
+
+        The recursion is of the state and the x0 estimate of the step before, which a process of second order leans on.
+        """
         dim = len(self.mean)
-        mean, covariance = torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)
+        identity, zero = torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+        mean = torch.zeros(2 * dim, dtype=torch.float64)
+        covariance = torch.block_diag(process.initial_std**2 * identity, zero)
         for k in range(process.num_steps):
             timestep = int(process.timestep[k])
             gain, offset = self.linear(timestep, center)
@@ -68,13 +73,16 @@ class GaussianTarget:
                 null_gain, null_offset = self.linear(timestep)
                 gain = null_gain + guidance_scale * (gain - null_gain)
                 offset = null_offset + guidance_scale * (offset - null_offset)
-            state_coef, model_coef, std = (
-                column[k].double() for column in (process.state_coef, process.model_coef, process.std)
-            )
-            step = state_coef * torch.eye(dim, dtype=torch.float64) + model_coef * gain
-            mean = step @ mean + model_coef * offset
-            covariance = step @ covariance @ step.T + std**2 * torch.eye(dim, dtype=torch.float64)
-        return mean, covariance
+            state_coef, model_coef, std, x0_state, x0_model = (column[k].double() for column in process.table.columns[:5])
+            memory = 0.0 if process.memory is None else process.memory[k].double()
+            of_x0 = model_coef / x0_model  # the mean's coefficient of the x0 estimate
+            x0, x0_offset = x0_state * identity + x0_model * gain, x0_model * offset
+            step = state_coef * identity + model_coef * gain + of_x0 * memory * x0
+            joint = torch.cat((torch.cat((step, -of_x0 * memory * identity), 1), torch.cat((x0, zero), 1)))
+            moved = torch.cat((model_coef * offset + of_x0 * memory * x0_offset, x0_offset))
+            mean = joint @ mean + moved
+            covariance = joint @ covariance @ joint.T + torch.block_diag(std**2 * identity, zero)
+        return mean[:dim], covariance[:dim, :dim]
 
 
 class VelocityTarget(GaussianTarget):

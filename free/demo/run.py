@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,15 @@ from tqdm.auto import tqdm
 
 from free.data.digits import NUM_CLASSES, digits_data, load_digits_dit, load_digits_drafter
 from free.demo.retrain import train_digits_dit
+from free.drafters import Drafter
 from free.drafters.loading import drafter_of
+from free.outputs import check_figure
 from free.sampling.samplers import SamplingOutput, ancestral_sample, speculative_sample
 from free.sampling.statistics import aligned
 from free.training import TargetTrainingConfig
+
+_TINY = 10_000_000
+"""Parameters below which threads gain nothing on a few samples; on a busy machine they wait for each other instead."""
 
 
 @dataclass
@@ -55,6 +61,8 @@ def run_demo(
 ) -> list[Runs]:
     """Draw ``per_class`` samples of each digit, one at a time, print the table and write the picture to ``output``.
 
+    All on one thread if the model is tiny; the number of threads is afterwards what it was.
+
     ``drafters`` are words that :func:`free.drafters.loading.drafter_of` takes, or ``"learned"``, which ships with the
     digits DiT.
 
@@ -73,8 +81,7 @@ def run_demo(
         raise ImportError(f"the demo needs {error.name}: pip install 'free-dit[demo]'") from error
     matplotlib.use("Agg")
     chosen = {word: load_digits_drafter() if word == "learned" else drafter_of(word) for word in drafters}
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output is {str(output)!r}, and its folder does not exist")
+    check_figure("output", output)
     if retrain:
         config = TargetTrainingConfig()
         if train_steps is not None:
@@ -85,9 +92,43 @@ def run_demo(
     model = load_digits_dit(weights)
 
     labels = torch.arange(NUM_CLASSES).repeat(per_class)
+    with few_threads(model) as threads:
+        runs = _run_in_turn(model, chosen, labels, steps, window, guidance_scale, seed)
+    setting = f"Digits DiT, S={steps}, W={window}, guidance {guidance_scale}, {len(labels)} samples one at a time"
+    print(f"\n{setting}, CPU, {threads}")
+    print(_table(runs))
+    _draw(runs, output)
+    print(f"\npicture: {output}")
+    return runs
+
+
+@contextmanager
+def few_threads(model: torch.nn.Module) -> Iterator[str]:
+    """Within this context torch computes on one thread if the model is tiny; the value says on how many, and why."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in model.parameters()) >= _TINY:
+        yield f"{before} threads"
+        return
+    torch.set_num_threads(1)
+    try:
+        yield f"1 thread of {before}, as the model is tiny" if before > 1 else "1 thread"
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_in_turn(
+    model: torch.nn.Module,
+    drafters: dict[str, Drafter],
+    labels: torch.Tensor,
+    steps: int,
+    window: int | str,
+    guidance_scale: float,
+    seed: int,
+) -> list[Runs]:
+    """The ancestral sampler and each drafter, a sample at a time."""
     common: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     samplers: dict[str, Callable[..., SamplingOutput]] = {"ancestral": partial(ancestral_sample, model, **common)}
-    for word, one in chosen.items():
+    for word, one in drafters.items():
         samplers[f"speculative, {Path(word).name}"] = partial(speculative_sample, model, one, window=window, **common)
         # a warm-up, which also times the rounds that automatic windows are chosen by
         speculative_sample(model, one, class_labels=0, window=window, **{**common, "num_inference_steps": min(steps, 20)})
@@ -96,12 +137,7 @@ def run_demo(
     for i, label in enumerate(tqdm(labels.tolist(), desc="digits, one at a time", unit="sample")):
         for name, sample in samplers.items():
             outputs[name].append(sample(class_labels=label, seed=seed + i))
-    runs = [_gather(name, of_sampler, labels) for name, of_sampler in outputs.items()]
-    print(f"\nDigits DiT, S={steps}, W={window}, guidance {guidance_scale}, {len(labels)} samples one at a time, CPU")
-    print(_table(runs))
-    _draw(runs, output)
-    print(f"\npicture: {output}")
-    return runs
+    return [_gather(name, of_sampler, labels) for name, of_sampler in outputs.items()]
 
 
 def _gather(name: str, runs: list[SamplingOutput], labels: torch.Tensor) -> Runs:

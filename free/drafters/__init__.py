@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDrafter
 from free.drafters.fresh import Fresh
+from free.drafters.gains import Gains
 from free.drafters.hold import HoldOutput, HoldX0
 from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
@@ -15,7 +19,7 @@ from free.targets import Target
 if TYPE_CHECKING:
     from free.drafters.feature import FeatureDrafter
 
-DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, HoldOutput.name: HoldOutput}
+DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, Gains.name: Gains, HoldOutput.name: HoldOutput}
 """The drafters that need no weights, by name."""
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "Drafter",
     "FeatureDrafter",
     "Fresh",
+    "Gains",
     "HoldOutput",
     "HoldX0",
     "LastWindow",
@@ -35,18 +40,27 @@ __all__ = [
 ]
 
 
-def as_drafter(drafter: Any) -> Drafter:
-    """The drafter that a name, a :class:`Drafter`, or a smaller model (anything :func:`free.as_target` takes) stands for.
+def as_drafter(drafter: Any, device: torch.device | str = "cpu") -> Drafter:
+    """The drafter that a name, the folder of a saved one, a :class:`Drafter`, or a smaller model (anything
+    :func:`free.as_target` takes) stands for.
+
+    Args:
+        drafter: see above.
+        device: that one from a folder goes to.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a folder that holds no whole drafter.
         TypeError: something that is none of these.
     """
-    if isinstance(drafter, str):
-        if drafter not in DRAFTERS:
+    if isinstance(drafter, (str, Path)):
+        if str(drafter) in DRAFTERS:
+            return DRAFTERS[str(drafter)]()
+        if not str(drafter) or not Path(drafter).is_dir():
             known = ", ".join(map(repr, DRAFTERS))
-            raise ValueError(f"drafter is {drafter!r}; known are {known}, or a Drafter, or a model")
-        return DRAFTERS[drafter]()
+            raise ValueError(f"drafter is {str(drafter)!r}; known are {known}, a drafter's folder, or a Drafter, or a model")
+        from free.drafters.loading import drafter_in
+
+        return drafter_in(Path(drafter), device)
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, type) or not (callable(drafter) or isinstance(drafter, Target)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free_kernels import Proposal, anchor_index, guided, posterior, x0_estimate
+from free_kernels import Proposal, anchor_index, effective_output, guided, posterior, x0_estimate
 
 if TYPE_CHECKING:
     from free.processes import ReverseProcess
@@ -91,6 +91,10 @@ class Situation:
     sample_shape: tuple[int, ...]
     guidance_scale: float
     impl: str
+    x0: torch.Tensor | None = None
+    """float32 [B, D], of a process of second order: the target's estimate of x0 at the step before ``step``."""
+    memory: Any = None
+    """The drafter's own, as :meth:`Drafter.remember` left it."""
 
     def anchor(self, step: torch.Tensor) -> Anchor:
         """The evaluation that a draft for ``step`` may lean on: the last window's latest at a step <= its own.
@@ -131,6 +135,25 @@ class Drafter(ABC):
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
         """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""
 
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        """The memory of samples that nothing is known of: a dataclass of tensors with one row a sample, or None.
+
+        It goes where the samples go: a sample that leaves takes its rows with it. Tensors may be written in place.
+
+        Args:
+            last: the empty window before the first, as wide as any to come.
+            sample_shape: of one sample.
+        """
+        return None
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        """The memory that the next window is drafted with, after ``window`` was drafted from ``situation`` and evaluated.
+
+        How its steps were settled is not known yet, and part of the window may be abandoned. What the next window's draft
+        for step k takes from the memory may depend on evaluations at steps <= k only, this window's and all before.
+        """
+        return None
+
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:
         """Draft ``situation.window - 1`` steps.
@@ -165,11 +188,13 @@ def walk(situation: Situation, draft: Callable[[torch.Tensor, torch.Tensor], tor
 
     A network of the caller's may write into what it is given, and use the memory of its output again: both are copied.
     """
-    states, outputs = [situation.state], []
+    states, outputs, x0, table = [situation.state], [], situation.x0, situation.process.table
     last_step = situation.process.num_steps - 1
     for j in range(situation.window - 1):
         step = (situation.step + j).clamp(max=last_step)
         outputs.append(draft(states[-1].clone(), step.clone()).to(torch.float32, copy=True))
+        if x0 is not None:
+            outputs[-1], x0 = effective_output(states[-1], outputs[-1], x0, step, table)
         noise = None if situation.noise is None else situation.noise[:, j]
         states.append(
             posterior(
@@ -177,7 +202,7 @@ def walk(situation: Situation, draft: Callable[[torch.Tensor, torch.Tensor], tor
                 outputs[-1],
                 situation.seed,
                 step,
-                situation.process.table,
+                table._replace(memory_gain=None),
                 noise=noise,
                 impl=situation.impl,
             )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from free.drafters.base import Drafter, Situation
+from free.drafters.base import Drafter, LastWindow, Situation
 from free.targets import Target
 from free_kernels import Proposal
 
@@ -26,7 +27,18 @@ class Fresh(Drafter):
     def check(self, target: Target) -> None:
         self.drafter.check(target)
 
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        return self.drafter.begin(last, sample_shape)
+
     def propose(self, situation: Situation) -> Proposal:
-        last = situation.last
-        settled = torch.minimum(last.length, situation.step - last.step).clamp(min=1)
-        return self.drafter.propose(replace(situation, last=replace(last, length=settled)))
+        return self.drafter.propose(_settled(situation))
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        return self.drafter.remember(_settled(situation), window)
+
+
+def _settled(situation: Situation) -> Situation:
+    """With the last window up to the last settled step."""
+    last = situation.last
+    settled = torch.minimum(last.length, situation.step - last.step).clamp(min=1)
+    return replace(situation, last=replace(last, length=settled))

@@ -11,6 +11,9 @@ from free_kernels import Proposal, propose
 def hold(situation: Situation, draft: str, correction: torch.Tensor | None = None) -> Proposal:
     """The window that holds what the last one knew: ``draft`` is of :data:`free_kernels.HOLD_DRAFTS`, ``correction``
     [B, W-1, D] is added to the drafts.
+
+    What is held stands for the effective output of a process of second order: guessing the change of x0 from what is held
+    costs more rejections than leaving it out. A corrected draft is a guess of the output itself.
     """
     last = situation.last
     return propose(
@@ -25,6 +28,7 @@ def hold(situation: Situation, draft: str, correction: torch.Tensor | None = Non
         situation.process.table,
         draft=draft,
         correction=correction,
+        previous_x0=None if correction is None else situation.x0,
         unconditional_anchor_outputs=last.unconditional,
         guidance_scale=situation.guidance_scale,
         noise=situation.noise,

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from free.checks import on_cpu
 from free.drafters.base import Situation, StepDrafter
+from free.drafters.patches import cosines
+from free.outputs import check_folder
 from free_kernels import NOISE_STREAM, Proposal, normal
 
 if TYPE_CHECKING:
@@ -38,16 +42,17 @@ class Bands:
         count: N.
     """
 
+    @on_cpu
     def __init__(self, sample_shape: Sequence[int], count: int) -> None:
         self.sample_shape, self.count = tuple(sample_shape), count
         numel = math.prod(self.sample_shape)
-        self.rows = self.columns = torch.ones(1, 1)
+        self.rows = self.columns = torch.ones(1, 1, dtype=torch.float32, device="cpu")
         self.index = torch.zeros(numel, dtype=torch.int64)
         """int64 [D]: the band of each frequency."""
         self.image = len(self.sample_shape) == 3 and count > 1
         if self.image:
             channels, height, width = self.sample_shape
-            self.rows, self.columns = _cosines(height).float(), _cosines(width).float()
+            self.rows, self.columns = cosines(height).float(), cosines(width).float()
             distance = torch.hypot(
                 torch.arange(height, dtype=torch.float64)[:, None] / height, torch.arange(width, dtype=torch.float64) / width
             )
@@ -65,21 +70,20 @@ class Bands:
         """Frequencies [..., D] of samples [..., D]."""
         if not self.image:
             return values
-        return (self.rows @ values.unflatten(-1, self.sample_shape) @ self.columns.T).flatten(-3)
+        with _own_precision(values):
+            return (self.rows @ values.unflatten(-1, self.sample_shape) @ self.columns.T).flatten(-3)
 
     def inverse(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Samples [..., D] of frequencies [..., D]."""
         if not self.image:
             return frequencies
-        return (self.rows.T @ frequencies.unflatten(-1, self.sample_shape) @ self.columns).flatten(-3)
+        with _own_precision(frequencies):
+            return (self.rows.T @ frequencies.unflatten(-1, self.sample_shape) @ self.columns).flatten(-3)
 
 
-def _cosines(size: int) -> torch.Tensor:
-    """The orthonormal DCT-II as a matrix [size, size], float64: frequency by position."""
-    frequency, position = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi * frequency * (position + 0.5) / size) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
+def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:
+    """It is the networks that a caller's autocast is meant for."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
 @dataclass
@@ -173,10 +177,10 @@ class LinearDrafter(StepDrafter):
     def propose(self, situation: Situation) -> Proposal:
         process, window = situation.process, situation.window
         prepared = self._prepare(situation)
-        if window == 1 or process.clip_range is not None:
+        if window == 1 or process.clip_range is not None or process.memory is not None:
             return super().propose(situation)
-        # without clipping a draft is linear in the state and elementwise in frequency: a path of W-1 steps costs two
-        # transforms, not 2 (W-1)
+        # without clipping and memory a draft is linear in the state and elementwise in frequency: a path of W-1 steps costs
+        # two transforms, not 2 (W-1)
         batch, numel = situation.state.shape
         steps = situation.step[:, None] + torch.arange(window - 1, device=situation.step.device)
         steps = steps.clamp_(max=process.num_steps - 1)  # [B, W-1]
@@ -254,6 +258,11 @@ class LinearDrafter(StepDrafter):
                 f"linear drafter was fitted to timestep {self.timestep[k].item()} at step {k}; "
                 f"this process has {timestep[k].item()} there"
             )
+
+    @classmethod
+    def check_folder(cls, name: str, folder: Path) -> None:
+        """Say what is in the way of :meth:`save_pretrained` to ``folder``, which is the argument ``name``."""
+        check_folder(name, folder, _FORMAT)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and one small safetensors file into ``folder``, which is made if it is not there.

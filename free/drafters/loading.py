@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from free.drafters import Drafter, Fresh, LinearDrafter, as_drafter
 from free.drafters.feature import FeatureDrafter
 
@@ -23,7 +25,7 @@ def drafter_of(word: str, device: str = "cpu") -> Drafter:
     if word.startswith(FRESH):
         return Fresh(drafter_of(word.removeprefix(FRESH), device))
     folder, found, sweeps = word.partition(SWEEPS)
-    drafter = _drafter_in(folder, device) if Path(folder).is_dir() else as_drafter(folder)
+    drafter = as_drafter(folder, device)
     if found:
         if not isinstance(drafter, FeatureDrafter) or not sweeps.isdecimal():
             raise ValueError(f"drafter is {word!r}; allowed is {SWEEPS}N after the folder of a trained drafter, N 0 or more")
@@ -31,11 +33,12 @@ def drafter_of(word: str, device: str = "cpu") -> Drafter:
     return drafter
 
 
-def _drafter_in(folder: str, device: str) -> Drafter:
+def drafter_in(folder: Path, device: torch.device | str) -> Drafter:
+    """The calibrated or trained drafter in a folder, on ``device``; raises a ValueError if there is none that is whole."""
     try:
-        name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, TypeError, KeyError):
         return LinearDrafter.from_pretrained(folder)  # no model of diffusers, or no configuration: it says what is wrong
     if name != FeatureDrafter.__name__:
-        raise ValueError(f"drafter in {folder!r} is a {name}; allowed are a FeatureDrafter and a calibrated drafter")
+        raise ValueError(f"drafter in {str(folder)!r} is a {name}; allowed are a FeatureDrafter and a calibrated drafter")
     return FeatureDrafter.from_pretrained(folder).eval().to(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from free.checks import check_number
 from free.data.digits import weights_path
 from free.drafters.loading import drafter_of
 from free.evaluation.configuration import Configuration, Contender, key, label
@@ -16,6 +16,7 @@ from free.evaluation.measure import learned_tensors, measure
 from free.evaluation.quality import Judge, load_data
 from free.evaluation.report import draw, draw_quality, table
 from free.evaluation.rows import append_row, environment, read_rows
+from free.outputs import check_figure, check_file
 from free.processes import VARIANCES, ReverseProcess
 from free.sampling.relaxation import Relaxation
 from free.targets.loading import default_device, fingerprint, load_target
@@ -95,16 +96,18 @@ def compare(
         if not 1 <= scale < float("inf"):
             raise ValueError(f"guidance_scales holds {scale}; allowed is 1 (no guidance) or more")
     chosen = [drafter_of(word, default_device()) for word in drafters]
+    for strength in relaxation:
+        check_number("relaxation", strength, "0 (exact) or more", 0)
     relaxations = [Relaxation(strength, uncertainty, budget) for strength in _distinct("relaxation", relaxation)]
     variance, stochasticity = _distinct("variance", variance), _distinct("stochasticity", stochasticity)
     for word in variance:
         if word not in (*VARIANCES, "learned"):
             raise ValueError(f"variance holds {word!r}; known are {', '.join(map(repr, (*VARIANCES, 'learned')))}")
-    _check_output(output)
+    check_figure("output", output)
     if results is None and DEFAULT_RESULTS.parent.is_dir():
         results = DEFAULT_RESULTS
     if results is not None:
-        _check_file("results", results)
+        check_file("results", results)
     if resume and results is None:
         raise ValueError("resume needs the results of the run that it continues; give a results file")
     known = {key(row): row for row in read_rows(results) if row.get("benchmark") == "compare"} if resume and results else {}
@@ -171,21 +174,3 @@ def _distinct(name: str, values: Sequence[Any]) -> list[Any]:
     if not len(values):
         raise ValueError(f"{name} is empty; at least one is needed")
     return list(dict.fromkeys(values))
-
-
-def _check_output(output: Path) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    _check_file("output", output)
-    allowed = sorted(FigureCanvasBase.get_supported_filetypes())
-    if output.suffix[1:].lower() not in allowed:
-        raise ValueError(f"output is {str(output)!r}; allowed are files that end in .{', .'.join(allowed)}")
-
-
-def _check_file(name: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{name} is {str(path)!r}, and its folder does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"{name} is {str(path)!r}, which is a folder")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{name} is {str(path)!r}, which cannot be written")

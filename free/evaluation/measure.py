@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from free.drafters import Drafter, Fresh, Situation
+from free.drafters import Drafter, Fresh, LastWindow, Situation
 from free.evaluation.configuration import Configuration
 from free.evaluation.quality import Judge
 from free.sampling.confidence import total_variation_limit
@@ -120,7 +120,7 @@ def _count_flops(
 
 
 class _Watched(Drafter):
-    """A drafter whose floating-point operations are counted, those of the latest window."""
+    """A drafter whose floating-point operations are counted, those of drafting and remembering the latest window."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
@@ -132,6 +132,15 @@ class _Watched(Drafter):
             proposal = self.drafter.propose(situation)
         self.flops = counter.total
         return proposal
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        return self.drafter.begin(last, sample_shape)
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        with _Flops() as counter:
+            memory = self.drafter.remember(situation, window)
+        self.flops += counter.total
+        return memory
 
 
 class _Flops:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,11 +150,15 @@ def load_data(word: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"data is {word!r}; allowed are 'digits' or a .npz file of images and labels")
     if not path.is_file():
         raise FileNotFoundError(f"data is {word!r}, which is not there")
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = {"images", "labels"} - set(arrays.files)
-        if missing:
-            raise ValueError(f"data in {word!r} lacks {', '.join(sorted(missing))}")
-        return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"images", "labels"} - set(arrays.files)
+            if not missing:
+                return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        # NumPy's own words on arrays of objects suggest to load them unsafely
+        raise ValueError(f"data is {word!r}, which is no .npz of numbers; allowed are images and labels") from error
+    raise ValueError(f"data in {word!r} lacks {', '.join(sorted(missing))}")
 
 
 def frechet_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def append_row(path: Path, values: dict[str, Any], measured_on: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -59,11 +59,6 @@ def process_of(scheduler: Any, options: ProcessOptions) -> tuple[ReverseProcess,
                 )
         except ValueError as error:
             raise UnsupportedPipelineError(f"scheduler: {error}") from error
-    if getattr(process, "memory", None) is not None:
-        raise UnsupportedPipelineError(
-            f"scheduler is a {type(scheduler).__name__} of second order, which is not supported in a pipeline; use "
-            "solver_order=1"
-        )
     words = [str(warning.message) for warning in said if warning.category is UserWarning]
     asked = "".join(f", {name} {value}" for name, value in given.items() if not isinstance(value, torch.Tensor))
     return process, "; ".join(words) or type(scheduler).__name__ + asked

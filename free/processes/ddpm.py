@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from free.checks import check_number
+
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
@@ -27,6 +29,8 @@ def ddpm_scheduler(
     from diffusers import DDPMScheduler
 
     trained_betas = None
+    for name in ("beta_start", "beta_end"):
+        check_number(name, config[name], "between 0 and 1", 0, 1)
     if isinstance(beta_schedule, torch.Tensor):
         trained_betas = _check_betas(beta_schedule, num_train_timesteps)
         num_train_timesteps = len(trained_betas)
@@ -120,22 +124,11 @@ def check_variance(variance: torch.Tensor, num_steps: int) -> torch.Tensor:
     return variance
 
 
-def check_count(name: str, count: int | None, most: int | None) -> int:
-    allowed = "1 or more" if most is None else f"1 … {most}, the steps that the process has"
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"{name} is {count!r}; allowed is an int, {allowed}")
-    if count < 1 or (most is not None and count > most):
-        raise ValueError(f"{name} is {count}; allowed is {allowed}")
-    return count
-
-
 def check_noise_level(stochasticity: float, eta: float | None, variance: str | torch.Tensor) -> None:
-    if not 0 <= stochasticity < float("inf"):
-        raise ValueError(f"stochasticity is {stochasticity}; allowed is 0 or more")
+    check_number("stochasticity", stochasticity, "0 or more", 0)
     if eta is None:
         return
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; allowed is 0 … 1")
+    check_number("eta", eta, "0 … 1", 0, 1)
     if stochasticity != 1:
         raise ValueError(f"stochasticity is {stochasticity} and eta is {eta}; give one of them")
     if not isinstance(variance, str) or variance != "posterior":

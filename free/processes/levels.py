@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from free.checks import check_number
 from free.processes.ddpm import known_names
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -87,8 +88,7 @@ def x0_columns(levels: Levels, prediction_type: str) -> tuple[torch.Tensor, torc
 
 def kept_share(levels: Levels, eta: float) -> torch.Tensor:
     """What is kept of eps: ``sqrt(sigma'² - s²) / sigma``, without the cancellation. The rest of sigma' is fresh noise."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; allowed is 0 (no noise) … 1")
+    check_number("eta", eta, "0 (no noise) … 1", 0, 1)
     return levels.next_sigma * (1 - eta**2 * (1 - levels.ratio.square())).sqrt() / levels.sigma
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free.processes.ddpm import check_count
+from free.checks import check_count
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -34,7 +34,7 @@ class Wanted:
             f"{type(scheduler).__name__} is deterministic as configured, which leaves nothing to couple: this is its "
             f"stochastic counterpart, {stochastic}; give eta to choose the noise yourself",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
         return 1.0
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free.processes.ddpm import VARIANCES, check_count, check_noise_level, ddpm_columns, known_names
+from free.checks import check_count, check_number
+from free.processes.ddpm import VARIANCES, check_noise_level, ddpm_columns, known_names
 from free.processes.levels import Levels, kept_share, level_columns, level_std, x0_columns
 from free.processes.reading import Wanted, checked_prediction, prepared, refuse_thresholding
 from free.processes.sigma_schedulers import SIGMA_READERS
@@ -74,8 +75,8 @@ def scheduler_columns(
             raise ValueError(f"variance is given with a {name}, whose noise follows from its levels; leave variance out")
         if stochasticity != 1:
             raise ValueError(f"stochasticity is {stochasticity} with a {name}; give eta, or leave it out")
-    if eta is not None and not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; allowed is 0 … 1")
+    if eta is not None:
+        check_number("eta", eta, "0 … 1", 0, 1)
     return READERS[name](scheduler, Wanted(num_inference_steps, variance, stochasticity, eta, mu))
 
 
@@ -91,7 +92,7 @@ def _ddpm(scheduler: SchedulerMixin, wanted: Wanted) -> dict[str, Any]:
         raise ValueError(f"variance is {variance!r}; known are {known_names(VARIANCES)} or a tensor of variances")
     set_before = prepared(scheduler, wanted).timesteps.cpu().clone() if wanted.steps is None else None
     steps = len(set_before) if set_before is not None else wanted.steps
-    steps = check_count("num_inference_steps", steps, config.num_train_timesteps)
+    steps = check_count("num_inference_steps", steps, config.num_train_timesteps, why="the steps that the process has")
     check_noise_level(wanted.stochasticity, wanted.eta, variance)
 
     # a scheduler of our own: set_timesteps would change the user's
@@ -116,7 +117,7 @@ def _ddim(scheduler: SchedulerMixin, wanted: Wanted) -> dict[str, Any]:
             "DDIMScheduler is deterministic as it is shipped, which leaves nothing to couple: this is the DDPM of its "
             "configuration; give eta (1 is all of the noise) for DDIM's own steps, or a DDPMScheduler",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return columns
     refuse_thresholding(scheduler.config)

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from free.checks import on_cpu
 from free.processes.ddpm import ddpm_scheduler
 from free.processes.euler import churn, edm_columns, flow_sde_columns
 from free.processes.levels import Levels, kept_share, level_columns, level_std, second_order_memory, x0_columns
 from free.processes.schedulers import scheduler_columns
+from free.processes.signal import signal_and_noise
 from free_kernels import StepTable
 
 if TYPE_CHECKING:
@@ -70,10 +72,14 @@ class ReverseProcess:
     """[S]: what each step adds of the x0 estimate's last change; None is a process of first order."""
     initial_std: float = 1.0
     """Standard deviation of the initial state that the samplers draw; given latents are taken as they are."""
-    memory_coef: torch.Tensor | None = field(init=False, repr=False, default=None)
-    """float32 [S]: the coefficient of m[k] - m[k-1] in the mean; None for a process of first order."""
+    memory_gain: torch.Tensor | None = field(init=False, repr=False, default=None)
+    """float32 [S]: the same as a gain of the output, which ``y[k] + memory_gain[k] (m[k] - m[k-1])`` replaces, or None."""
     exact_step: torch.Tensor = field(init=False, repr=False)
     """int64 [S]: the first step >= k that is never drafted, because its std is 0 or it is the last."""
+    signal: torch.Tensor = field(init=False, repr=False)
+    """[S]: the state of step k is signal * x0 + noise in the mean."""
+    noise_ratio: torch.Tensor = field(init=False, repr=False)
+    """[S]: the standard deviation of that noise over ``signal``."""
 
     def __post_init__(self) -> None:
         if self.clip_range is not None:
@@ -110,6 +116,11 @@ class ReverseProcess:
         step = torch.arange(self.num_steps, device=self.std.device)
         candidates = torch.where(never_drafted, step, self.num_steps)
         object.__setattr__(self, "exact_step", candidates.flip(0).cummin(0).values.flip(0))
+        signal, noise_ratio = signal_and_noise(
+            self.state_coef, self.model_coef, self.std, self.x0_state_coef, self.x0_model_coef
+        )
+        object.__setattr__(self, "signal", signal)
+        object.__setattr__(self, "noise_ratio", noise_ratio)
 
     def _check_log_variance_range(self, logs: torch.Tensor) -> None:
         if logs.shape != (self.num_steps, 2):
@@ -132,9 +143,8 @@ class ReverseProcess:
         if self.clip_range is not None:
             raise ValueError(f"clip_range is {self.clip_range} with memory; allowed is one of them: no sampler clamps both")
         memory = memory.detach().to(self.std.device, torch.float64)
-        of_x0 = self.model_coef.double() / self.x0_model_coef.double()
         object.__setattr__(self, "memory", memory.float())
-        object.__setattr__(self, "memory_coef", (memory * of_x0).float())
+        object.__setattr__(self, "memory_gain", (memory / self.x0_model_coef.double()).float())
 
     @property
     def num_steps(self) -> int:
@@ -155,7 +165,7 @@ class ReverseProcess:
             self.clip_state_coef,
             self.clip_x0_coef,
             self.clip_range,
-            self.memory_coef,
+            self.memory_gain,
         )
 
     def fingerprint(self) -> bytes:
@@ -176,6 +186,7 @@ class ReverseProcess:
         return ReverseProcess(**columns, clip_range=self.clip_range, initial_std=self.initial_std)
 
     @classmethod
+    @on_cpu
     def ddpm(
         cls,
         num_inference_steps: int = 250,
@@ -231,6 +242,7 @@ class ReverseProcess:
         return cls.from_scheduler(scheduler, num_inference_steps, variance, stochasticity, eta=eta)
 
     @classmethod
+    @on_cpu
     def from_levels(
         cls,
         alpha: torch.Tensor,
@@ -275,6 +287,7 @@ class ReverseProcess:
         return cls(timestep.detach().cpu(), **columns)
 
     @classmethod
+    @on_cpu
     def flow_sde(
         cls, sigma: torch.Tensor, timestep: torch.Tensor, weight: str | torch.Tensor = "sigma", noise_level: float = 1.0
     ) -> ReverseProcess:
@@ -297,6 +310,7 @@ class ReverseProcess:
         return cls(timestep.detach().cpu(), **flow_sde_columns(sigma, weight, noise_level))
 
     @classmethod
+    @on_cpu
     def edm(
         cls,
         sigma: torch.Tensor,
@@ -335,6 +349,7 @@ class ReverseProcess:
         return cls(**edm_columns(sigma, gamma, s_noise, step_scale, sigma_data))
 
     @classmethod
+    @on_cpu
     def from_scheduler(
         cls,
         scheduler: SchedulerMixin,

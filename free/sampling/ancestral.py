@@ -11,7 +11,7 @@ from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.tensors import map_tensors
 from free.targets import TargetOutput
-from free_kernels import posterior
+from free_kernels import posterior, posterior_with_memory
 
 
 @dataclass
@@ -26,11 +26,15 @@ class Chain:
     """float32 [B, D]."""
     conditioning: dict[str, Any]
     """The request's."""
+    x0: torch.Tensor | None = None
+    """float32 [B, D], of a process of second order: the estimate of x0 at the step before, zeros at first."""
 
     @classmethod
     def begin(cls, request: Request) -> Chain:
         """All samples in their initial states."""
-        return cls(request.seed, torch.zeros_like(request.seed), request.initial_state(), request.conditioning)
+        state = request.initial_state()
+        x0 = None if request.process.memory is None else torch.zeros_like(state)
+        return cls(request.seed, torch.zeros_like(request.seed), state, request.conditioning, x0)
 
     def clone(self) -> Chain:
         return map_tensors(self, torch.clone)
@@ -58,15 +62,15 @@ def step_on(
             chain.state.view(-1, *request.sample_shape), process.timestep[step], chain.conditioning, request.guided
         )
     with watch("verification"):
-        state = posterior(
-            chain.state,
-            output.output.flatten(1),
-            chain.seed,
-            step,
-            process.table,
-            unconditional_output=None if output.unconditional is None else output.unconditional.flatten(1),
-            guidance_scale=request.guidance_scale,
-            noise=noise,
-            impl=impl,
-        )
-    return replace(chain, step=chain.step + 1, state=state), output
+        given: dict[str, Any] = {
+            "unconditional_output": None if output.unconditional is None else output.unconditional.flatten(1),
+            "guidance_scale": request.guidance_scale,
+            "noise": noise,
+            "impl": impl,
+        }
+        drawn, x0 = (chain.seed, step, process.table), chain.x0
+        if x0 is None:
+            state = posterior(chain.state, output.output.flatten(1), *drawn, **given)
+        else:
+            state, x0 = posterior_with_memory(chain.state, output.output.flatten(1), x0, *drawn, **given)
+    return replace(chain, step=chain.step + 1, state=state, x0=x0), output

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from free.processes import ReverseProcess
 from free.sampling.account import Account, Report
@@ -17,7 +18,14 @@ from free.windows import Known, Schedule
 
 
 class NonFiniteOutputError(FloatingPointError, ValueError):
-    """A model returned NaN or infinity; the message names the step and the sample."""
+    """A model returned NaN or infinity; the message names the step and the sample. What was finished before is not lost."""
+
+    def __init__(self, message: str, samples: torch.Tensor | None = None, finished: torch.Tensor | None = None) -> None:
+        super().__init__(message)
+        self.samples = samples
+        """float32 [B, *sample shape]: the states as they were, samples where :attr:`finished`; None outside a sampler."""
+        self.finished = finished
+        """bool [B], on the CPU: which samples are whole."""
 
 
 @dataclass
@@ -105,7 +113,9 @@ class Run:
         while len(under_way) > lag or (under_way and _may_be_finished(self.known.step, under_way, process.num_steps)):
             window, report = under_way.popleft()
             before, self.known = self.known, report.read()
-            check_finite(self.known, stats.drafter, process)
+            if (self.known.broke < process.num_steps).any():
+                self.state[live.index] = live.state
+                check_finite(self.known, stats.drafter, process, self.state.unflatten(-1, self.setup.request.sample_shape))
             self.schedule.learn(window, before, self.known)
         return Turn(live, done, self.known)
 
@@ -124,15 +134,26 @@ class Run:
         return self.stats
 
 
-def check_finite(known: Known, drafter: str, process: ReverseProcess) -> None:
-    """Raise the error of the first step that was not finite, if there was one."""
+def check_finite(known: Known, drafter: str, process: ReverseProcess, samples: torch.Tensor) -> None:
+    """Raise the error of the first step that was not finite, if there was one.
+
+    Args:
+        known: of the samples.
+        drafter: its name.
+        process: of the samples.
+        samples: their states, [B, *sample shape].
+    """
     who, sample = np.unravel_index(np.argmin(known.broke), known.broke.shape)
     step = int(known.broke[who, sample])
     if step < process.num_steps:
         name = f"drafter {drafter!r}" if who else "model"
         timestep = process.timestep[step].item()
+        finished = (known.step >= process.num_steps) & (known.broke >= process.num_steps).all(0)
         raise NonFiniteOutputError(
-            f"{name} returned NaN or infinity at step {step} (timestep {timestep}) of sample {sample}"
+            f"{name} returned NaN or infinity at step {step} (timestep {timestep}) of sample {sample}; "
+            f"{int(finished.sum())} of {len(finished)} samples were finished before, which this error has as .samples",
+            samples.clone(),
+            torch.from_numpy(finished),
         )
 
 

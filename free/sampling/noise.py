@@ -32,8 +32,8 @@ class NoiseWindow:
     def empty(cls, seed: torch.Tensor, widest: int, numel: int) -> NoiseWindow:
         affordable = _NUMBERS_AHEAD // (len(seed) * numel)
         capacity = max(widest, min(_STEPS_AHEAD, affordable))
-        noise = torch.empty(len(seed), capacity, numel, device=seed.device)
-        return cls(noise, torch.empty(len(seed), capacity, device=seed.device), torch.zeros_like(seed))
+        noise = torch.empty(len(seed), capacity, numel, dtype=torch.float32, device=seed.device)
+        return cls(noise, torch.empty_like(noise[..., 0]), torch.zeros_like(seed))
 
     def reach(self, seed: torch.Tensor, step: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
         """z and u of steps ``step`` … ``step + window - 1`` of each sample: [B, W, D] and [B, W]."""

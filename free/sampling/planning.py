@@ -67,15 +67,17 @@ def plan_window(
         ValueError: a wrong argument, named, before any work is done.
         NonFiniteOutputError: the model or the drafter returned NaN or infinity.
     """
-    drafter = as_drafter(drafter)
     request = check_request(model, Options.among(locals())).pilot()
+    drafter = as_drafter(drafter, request.seed.device)
     drafter.check(request.target)
     captured = wants_capture(capture, request, drafter)
     steps = request.process.num_steps
+    if statistics is not None and not isinstance(statistics, SamplingStatistics):
+        raise ValueError(f"statistics is a {type(statistics).__name__}; allowed is a free.SamplingStatistics, or None")
     if statistics is not None and statistics.steps != steps:
         raise ValueError(f"statistics is of {statistics.steps} steps; the process has {steps}")
     setup = Setup.of(request, drafter, WINDOWS[-1], impl)
-    with request.running(features=drafter.needs_features, compile=compile):
+    with request.running(drafter, features=drafter.needs_features, compile=compile):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             tested, accepted = statistics.tested.astype(float), statistics.accepted.astype(float)

@@ -43,7 +43,7 @@ class DraftedSteps:
     unconditional_output: torch.Tensor | None
     """[B, W-1, D] under guidance, else None."""
     draft_output: torch.Tensor
-    """float32 [B, W-1, D]: the guess of the guided output."""
+    """float32 [B, W-1, D]: the guess of the guided output; of a process of second order, of the effective one."""
     variance_share: torch.Tensor | None
     """float32 [B, W-1], of :class:`free.TargetOutput`, for ``"learned"`` only."""
     rejection: torch.Tensor
@@ -202,6 +202,7 @@ class Ledger:
             unconditional_output=unconditional,
             guidance_scale=situation.guidance_scale,
             noise=None if situation.noise is None else situation.noise[:, :drafts],
+            previous_x0=situation.x0,
             impl=situation.impl,
         ).squared_norm
         would_spend = self.spent[:, :1] + excess_acceptance(squared_norm, tau).cumsum(-1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from free.checks import check_count, check_number, is_int, on_cpu
 from free.drafters import Drafter
 from free.processes import ReverseProcess
 from free.sampling.sharing import COMPILER, exclusively, shared_by
@@ -117,6 +118,7 @@ class Options:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
 
+@on_cpu
 def check_request(model: Any, options: Options) -> Request:
     """Check all that is asked for before any work is done.
 
@@ -129,21 +131,21 @@ def check_request(model: Any, options: Options) -> Request:
     callback = options.callback_on_step_end
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end is a {type(callback).__name__}; allowed is a callable or None")
-    guidance_scale = options.guidance_scale
-    if not 1 <= guidance_scale < float("inf"):
-        raise ValueError(f"guidance_scale is {guidance_scale}; allowed is 1 (no guidance) or more")
-    guidance_scale = float(guidance_scale)
+    guidance_scale = check_number("guidance_scale", options.guidance_scale, "1 (no guidance) or more", 1)
     process = _check_process(target, options.process, options.num_inference_steps)
     latents, num_samples = options.latents, options.num_samples
     if latents is not None and (not isinstance(latents, torch.Tensor) or latents.dtype not in LATENT_DTYPES):
         given = f"dtype {latents.dtype}" if isinstance(latents, torch.Tensor) else f"type {type(latents).__name__}"
         raise ValueError(f"latents has {given}; allowed are {', '.join(map(str, LATENT_DTYPES))}")
+    if latents is not None and (latents.layout != torch.strided or latents.is_meta):
+        given = "on the meta device" if latents.is_meta else f"of layout {latents.layout}"
+        raise ValueError(f"latents is a tensor {given}; allowed is a dense one that holds numbers")
     if latents is not None and latents.dim() < 2:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; allowed is (samples, *shape of one sample)")
     if latents is not None and not torch.isfinite(latents).all():
         raise ValueError("latents holds NaN or infinity; allowed are finite numbers")
-    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
-        raise ValueError(f"num_samples is {num_samples!r}; allowed is an int, 1 or more")
+    if num_samples is not None:
+        num_samples = check_count("num_samples", num_samples)
 
     # every argument that speaks of a number of samples must speak of the same one
     spoken = {
@@ -182,6 +184,7 @@ def _check_process(
     target: Target, process: ReverseProcess | SchedulerMixin | None, num_inference_steps: int
 ) -> ReverseProcess:
     if isinstance(process, ReverseProcess):
+        num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         if num_inference_steps not in (DEFAULT_STEPS, process.num_steps):
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}; process has {process.num_steps} steps: leave it out"
@@ -217,16 +220,9 @@ def _device(target: Target, latents: torch.Tensor | None, conditioning: dict[str
     return next((value.device for value in conditioning.values() if has_rows(value)), torch.device("cpu"))
 
 
-def _is_int(value: Any) -> bool:
-    """A Python, numpy or torch integer, and no bool."""
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and value.dtype != torch.bool and not value.is_floating_point()
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _seed_count(seed: Any) -> int | None:
     """How many samples a seed speaks of: None for one integer, or none at all."""
-    if seed is None or _is_int(seed):
+    if seed is None or is_int(seed):
         return None
     try:
         return len(seed)
@@ -249,7 +245,7 @@ def _check_seeds(
             int(torch.randint(2**63 - 1, (), generator=one, device=one.device if one is not None else "cpu"))
             for one in generators
         ]
-    if _is_int(seed):
+    if is_int(seed):
         # the first key is the seed itself, so that seed=7 and seed=[7] agree; the others are shared with no other seed
         first = _check_seed(seed)
         spread = [np.random.SeedSequence(first % 2**64, spawn_key=(i,)) for i in range(1, batch)]
@@ -265,6 +261,6 @@ def _signed(keys: Sequence[int]) -> list[int]:
 
 
 def _check_seed(key: Any) -> int:
-    if not _is_int(key):
+    if not is_int(key):
         raise ValueError(f"seed holds {key!r}; allowed are ints, one a sample")
     return int(key)

@@ -72,6 +72,8 @@ def speculative_sample(
     """Draw samples with the law of :func:`ancestral_sample`, in far fewer rounds of sequential work.
 
     The same in distribution, relative to the model as it is executed (dtype, batch shape); not the same sample per seed.
+    The model may write into its input, which is a copy: the state of the sample stays what it was. Threads may share models,
+    targets and drafters; those that do take turns, a call long.
 
     Args:
         model: a ``DiTTransformer2DModel``, a ``DiTPipeline`` (its latents are returned, not decoded), any callable
@@ -91,8 +93,9 @@ def speculative_sample(
             measured. What it remembers of a model from call to call is not used for a seed that it was learned from, and
             rows that share a seed get one window for all rounds. A plan of :func:`free.plan_window` chooses the same in
             each run.
-        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound`` says how
-            much of it. None is exact.
+        relaxation: a :class:`free.Relaxation` trades exactness for fewer rounds; ``stats.total_variation_bound``
+            estimates how much of it, ``stats.total_variation_limit`` says how much at most, with 95 % confidence. None is
+            exact.
         seed: an int (the first sample's key; the others get keys derived from it), or one a sample.
         generator: a torch generator, or one a sample, from which seeds are drawn; torch's default one if neither is given.
         latents: the initial states [B, *shape], float32 or a half precision; drawn from the seeds if left out.
@@ -115,13 +118,14 @@ def speculative_sample(
     Raises:
         ValueError: a wrong argument, named, before any work is done.
         TypeError: a model or drafter that is none of the above.
-        NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it.
+        NonFiniteOutputError: the model or the drafter returned NaN or infinity where a step depends on it; the error has
+            the samples that were finished (``error.samples``, ``error.finished``).
     """
     if relaxation is not None and not isinstance(relaxation, Relaxation):
         raise TypeError(f"relaxation is a {type(relaxation).__name__}; allowed is a free.Relaxation, or None")
     check_window(window)
-    drafter = as_drafter(drafter)
     request = check_request(model, Options.among(locals()))
+    drafter = as_drafter(drafter, request.seed.device)
     drafter.check(request.target)
     if relaxation is not None:
         relaxation.check(request.target, request.process)
@@ -206,7 +210,8 @@ def ancestral_sample(
             stats.count_forward(request.batch, target.forward_batch(request.guided))
             # a GPU is asked at the end, rather than waited for
             if k + 1 == process.num_steps or (stored and (k + 1) % block == 0):
-                check_finite(Report(account).read(), stats.drafter, process)
+                samples = chain.state.unflatten(-1, request.sample_shape)
+                check_finite(Report(account).read(), stats.drafter, process, samples)
             result.settle_all(k, chain.state)
         stats.seconds = watch.finish()
         stats.keys = frozenset(request.keys)

@@ -82,6 +82,10 @@ class Live:
     """Kept for the reference operations; the kernels make noise faster than they could read it."""
     ledger: Ledger | None = None
     """Of a relaxed run."""
+    x0: torch.Tensor | None = None
+    """float32 [B, D], of a process of second order: the target's estimate of x0 at the last settled step; zeros at first."""
+    memory: Any = None
+    """The drafter's own, see :meth:`free.Drafter.remember`."""
 
     def keep(self, rows: torch.Tensor) -> Live:
         """The live samples at ``rows`` (int64)."""
@@ -128,7 +132,9 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
     noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
-    return Live(index, seed, step, state, last, request.conditioning, noise, ledger)
+    x0 = None if request.process.memory is None else torch.zeros_like(state)
+    memory = setup.drafter.begin(last, request.sample_shape)
+    return Live(index, seed, step, state, last, request.conditioning, noise, ledger, x0, memory)
 
 
 @dataclass
@@ -201,6 +207,8 @@ def propose(live: Live, setup: Setup, window: int, until: int | None = None) -> 
         request.sample_shape,
         request.guidance_scale,
         setup.impl,
+        live.x0,
+        live.memory,
     )
     proposal = setup.drafter.propose(situation)
     return Proposed(situation, proposal, length, uniforms, _query(proposal.states, step, length, setup))
@@ -257,6 +265,7 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         noise=situation.noise,
         uniforms=proposed.uniforms,
         tau=tau,
+        previous_x0=live.x0,
         impl=setup.impl,
     )
     if tau is not None and ledger:
@@ -267,12 +276,15 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
             uniforms = uniform(live.seed[:, None], steps, stream=TEST_STREAM, impl=setup.impl)
         ledger = ledger.settle(tau, verification, uniforms)
     usable = leading_finite(output).clamp(max=length).clamp_(min=1)
+    last = LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature)
     moved = replace(
         live,
         state=verification.next_state,
         step=live.step + verification.advance,
-        last=LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature),
+        last=last,
         ledger=ledger,
+        x0=None if live.x0 is None else verification.x0,
+        memory=setup.drafter.remember(situation, last),
     )
     return moved, Round(situation, length, states, len(proposed.query.states), verification)
 

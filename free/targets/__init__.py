@@ -43,6 +43,10 @@ def as_target(
         transformer, scheduler = model.transformer, model.scheduler
     else:
         transformer, scheduler = model, None
+    if not isinstance(transformer, DiTTransformer2DModel) and hasattr(transformer, "get_base_model"):
+        # a PEFT model's base has the adapters in its layers, and is the DiT that the sampler knows
+        base = transformer.get_base_model()
+        transformer = base if isinstance(base, DiTTransformer2DModel) else transformer
     if isinstance(getattr(transformer, "_orig_mod", transformer), DiTTransformer2DModel):
         if null_conditioning is not None:
             raise ValueError("null_conditioning was given for a DiT, which has a null class of its own; leave it out")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from free.checks import check_count
+
 if TYPE_CHECKING:
     from free.processes import ReverseProcess
 
@@ -50,8 +52,8 @@ class Target(ABC):
     """
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
-        if max_forward_batch is not None and max_forward_batch < 1:
-            raise ValueError(f"max_forward_batch is {max_forward_batch}; allowed is 1 or more, or None")
+        if max_forward_batch is not None:
+            max_forward_batch = check_count("max_forward_batch", max_forward_batch)
         module = getattr(model, "_orig_mod", model)
         self.model = model
         self.module = module if isinstance(module, torch.nn.Module) else None
@@ -82,9 +84,11 @@ class Target(ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the model's parameters are; None if it has none."""
+        """Where the model computes, which is where its parameters are unless it is offloaded; None if it has none."""
         parameter = self._parameter()
-        return None if parameter is None else parameter.device
+        if parameter is None or self.module is None:
+            return None
+        return _execution_device(self.module) or parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,12 +209,14 @@ class Target(ABC):
         raise ValueError(f"the drafter leans on the target's label embedding, and {type(self).__name__} has none")
 
     @contextmanager
-    def compile(self, **options: Any) -> Iterator[None]:
+    def compile(self, *, dynamic: bool | None = True, **options: Any) -> Iterator[None]:
         """Within this context the model's forward runs under ``torch.compile(fullgraph=True)``.
 
         Compiled code stays with the process, so that another context finds it.
 
         Args:
+            dynamic: of ``torch.compile``; True compiles once for all batch sizes but 1, False once for each, and None once
+                for the first and once for the others.
             options: further ones of ``torch.compile``.
 
         Raises:
@@ -221,9 +227,12 @@ class Target(ABC):
         with ExitStack() as during:
             # several windows and models: more kinds of shapes than the usual limit allows
             during.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
-            for module in self._compiled_parts() if self.model is self.module else ():
+            for i, module in enumerate(self._compiled_parts() if self.model is self.module else ()):
+                if not i:
+                    # the first part meets strides that the others do not, and would be compiled for them once more
+                    during.callback(module.register_forward_pre_hook(_contiguous).remove)
                 during.callback(_put_back_forward, module, vars(module).get("forward"))
-                module.forward = torch.compile(module.forward, fullgraph=True, **options)
+                module.forward = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, **options)
             during.callback(setattr, self, "compiled", self.compiled)
             self.compiled = True
             yield
@@ -256,6 +265,17 @@ class Target(ABC):
             self._capturing_variance = before
 
 
+def _execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring an offloaded model's inputs and weights; None if there are none."""
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return None
+
+
 def has_rows(value: Any) -> bool:
     """Whether a value of the conditioning is one row a sample (else it is passed through as it is)."""
     return isinstance(value, torch.Tensor) and value.dim() > 0
@@ -269,6 +289,10 @@ def take_rows(conditioning: dict[str, Any], rows: torch.Tensor) -> dict[str, Any
 def _copy(value: Any) -> Any:
     """In memory of its own, if it is a tensor."""
     return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _contiguous(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs)
 
 
 def _cat_or_none(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

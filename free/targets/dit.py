@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from free.checks import check_labels
 from free.targets.base import Target, TargetOutput, check_output
 
 if TYPE_CHECKING:
@@ -71,20 +72,14 @@ class DiTTarget(Target):
                 raise ValueError(
                     f"guidance_scale is {guidance_scale} without class_labels; give labels, or guidance_scale=1"
                 )
-            return {"class_labels": torch.full((batch or 1,), self.null_class)}, batch
-        labels = torch.as_tensor(class_labels)
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool or labels.dim() > 1:
-            raise ValueError(
-                f"class_labels has dtype {labels.dtype} and shape {tuple(labels.shape)}; allowed are integers, one a sample"
-            )
+            return {"class_labels": torch.full((batch or 1,), self.null_class, device="cpu")}, batch
+        labels = check_labels(class_labels)
         if labels.dim() == 0:
             labels = labels.expand(batch or 1)
-        if not labels.numel():
-            raise ValueError("class_labels is empty; allowed is one label a sample, or None")
         if ((labels < 0) | (labels >= self.null_class)).any():
             wrong = labels[(labels < 0) | (labels >= self.null_class)][0].item()
             raise ValueError(f"class_labels holds {wrong}; allowed are 0 … {self.null_class - 1} (None is the null class)")
-        return {"class_labels": labels.long()}, len(labels)
+        return {"class_labels": labels}, len(labels)
 
     def forward(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
@@ -106,7 +101,7 @@ class DiTTarget(Target):
                     f"the model's top block ran {len(self._captured)} times within one forward: somebody else calls the "
                     "model while it is sampled from; wait for the sampler, or give it a copy of the model"
                 )
-            feature = self._captured[0][:rows]
+            feature = self._captured.pop()[:rows]
         share = None
         if self._capturing_variance:
             # the network gives -1 for the posterior's log variance and 1 for beta's

@@ -5,15 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
+from free.checks import check_labels
 from free.targets.base import Target, TargetOutput, check_output, has_rows
+
+# between the names of dicts within dicts
+_WITHIN = " > "
+
+
+def _flat(conditioning: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dicts of tensors within the conditioning, which have one row a sample as well, under names of one level."""
+    flat: dict[str, Any] = {}
+    for name, value in conditioning.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{above}{name}{_WITHIN}")
+        else:
+            flat[f"{above}{name}"] = _as_tensor(value)
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """As the model takes it."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *above, name = path.split(_WITHIN)
+        inner = nested
+        for one in above:
+            inner = inner.setdefault(one, {})
+        inner[name] = value
+    return nested
+
+
+def _as_tensor(value: Any) -> Any:
+    """NumPy arrays have one row a sample too."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        return value
+    # networks compute in float32, which NumPy's float64 is mostly meant to be
+    return torch.from_numpy(value.astype(np.float32) if value.dtype == np.float64 else value.copy())
 
 
 class CallableTarget(Target):
     """``model(x, timestep, **conditioning) -> output``, x [N, ...] of any rank, timestep [N], output of x's shape.
 
-    An output object with ``.sample`` (diffusers' habit) or a tuple is unpacked. Guidance needs ``null_conditioning``.
+    Conditioning tensors and NumPy arrays, in dicts of any depth, have one row a sample; what else there is, lists of tensors
+    included, is passed through as it is. An output object with ``.sample`` (diffusers' habit) or a tuple is unpacked.
+    Guidance needs ``null_conditioning``.
     """
 
     def __init__(
@@ -37,11 +75,11 @@ class CallableTarget(Target):
     ) -> tuple[dict[str, Any], int | None]:
         if conditioning is not None and not isinstance(conditioning, dict):
             raise ValueError(f"conditioning is a {type(conditioning).__name__}; allowed is a dict of the model's keywords")
-        checked = dict(conditioning or {})
+        checked = _flat(conditioning or {})
         if class_labels is not None:
             if "class_labels" in checked:
                 raise ValueError("class_labels is given twice, as an argument and in conditioning; give it once")
-            labels = torch.as_tensor(class_labels)
+            labels = check_labels(class_labels)
             checked["class_labels"] = labels.expand(batch or 1) if labels.dim() == 0 else labels
         sizes = {name: value.shape[0] for name, value in checked.items() if has_rows(value)}
         if len(set(sizes.values())) > 1:
@@ -52,9 +90,9 @@ class CallableTarget(Target):
                     f"guidance_scale is {guidance_scale}, but the model has no unconditional half; use guidance_scale=1, or "
                     "free.as_target(model, null_conditioning={...})"
                 )
-            if set(self.null_conditioning) != set(checked):
+            if set(_flat(self.null_conditioning)) != set(checked):
                 raise ValueError(
-                    f"null_conditioning has {sorted(self.null_conditioning)}; conditioning has {sorted(checked)}: "
+                    f"null_conditioning has {sorted(_flat(self.null_conditioning))}; conditioning has {sorted(checked)}: "
                     "they must name the same keywords"
                 )
         return checked, next(iter(sizes.values()), None)
@@ -75,7 +113,7 @@ class CallableTarget(Target):
                 name: torch.cat((value, self._null(name, value).expand_as(value))) if has_rows(value) else value
                 for name, value in conditioning.items()
             }
-        output = self.model(inputs, timestep, **conditioning)
+        output = self.model(inputs, timestep, **_nested(conditioning))
         output = getattr(output, "sample", output)
         if isinstance(output, tuple) and output:
             output = output[0]
@@ -89,7 +127,7 @@ class CallableTarget(Target):
         known = (name, value.dtype, value.device)
         if known not in self._null_rows:
             assert self.null_conditioning is not None
-            null = torch.as_tensor(self.null_conditioning[name], dtype=value.dtype, device=value.device)
+            null = torch.as_tensor(_flat(self.null_conditioning)[name], dtype=value.dtype, device=value.device)
             if tuple(null.shape) not in (tuple(value.shape[1:]), (1, *value.shape[1:])):
                 raise ValueError(
                     f"null_conditioning[{name!r}] has shape {tuple(null.shape)}; allowed is {tuple(value.shape[1:])}, "

@@ -27,6 +27,8 @@ def load_target(folder: Path) -> DiTTarget:
     from diffusers import DiTTransformer2DModel
     from safetensors import SafetensorError
 
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"model is {str(folder)!r}, which is a pipeline; give {str(folder / 'transformer')!r}, its DiT")
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(

@@ -76,7 +76,7 @@ def calibrate(
         raise ValueError(f"num_trajectories is {num_trajectories!r}; allowed is an int, 1 or more")
     if num_bands is not None and (isinstance(num_bands, bool) or not isinstance(num_bands, int) or num_bands < 1):
         raise ValueError(f"num_bands is {num_bands!r}; allowed is an int, 1 or more, or None")
-    request = check_request(
+    request = _request(
         model,
         Options(
             class_labels=_in_turn(class_labels, num_trajectories),
@@ -102,6 +102,14 @@ def calibrate(
     with tqdm(total=request.batch * steps, disable=not progress, unit="step", desc="calibrate") as bar:
         weight = _run(request, min(window, steps), impl, bands, bar).solve()
     return LinearDrafter(weight, request.process.timestep, sample_shape, GAP_EDGES)
+
+
+def _request(model: Any, options: Options) -> Request:
+    """Its samples are trajectories here."""
+    try:
+        return check_request(model, options)
+    except ValueError as error:
+        raise ValueError(str(error).replace("num_samples", "num_trajectories")) from error
 
 
 def _run(request: Request, window: int, impl: str, bands: Bands, bar: tqdm) -> _Sums:

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from free.outputs import writing
+
 _PREFIX = "checkpoint-"
 _PARTIAL = "partial-"
 _CONFIG, _STATE = "training.json", "training.safetensors"
@@ -152,12 +154,14 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        save_tree(own, partial / self._own_file())
-        if accelerator.is_main_process:
-            save_drafter(partial)
-            save_tree(shared, partial / _STATE)
-            text = json.dumps({"step": step, "configuration": self.configuration}, indent=2)
-            (partial / _CONFIG).write_text(text + "\n", encoding="utf-8")
+        # those before it stay whole
+        with writing(f"checkpoint of step {step}", self.output_dir):
+            save_tree(own, partial / self._own_file())
+            if accelerator.is_main_process:
+                save_drafter(partial)
+                save_tree(shared, partial / _STATE)
+                text = json.dumps({"step": step, "configuration": self.configuration}, indent=2)
+                (partial / _CONFIG).write_text(text + "\n", encoding="utf-8")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers.optimization import SchedulerType
 
+from free.checks import check_count
 from free.data.images import BUILT_IN
 from free.training.loss import LOSSES
 
@@ -94,6 +95,8 @@ class DrafterTrainingConfig:
         object.__setattr__(self, "num_inference_steps", tuple(self.num_inference_steps))
         if not self.num_inference_steps:
             raise ValueError("num_inference_steps is empty; at least one is needed")
+        for steps in self.num_inference_steps:
+            check_count("num_inference_steps", steps, least=2, why="as the last step is never drafted")
         least = {
             "train_batch_size": 1, "max_train_steps": 1, "gradient_accumulation_steps": 1, "checkpointing_steps": 1,
             "validation_steps": 1, "window": 2, "unroll": 1, "reuse": 1, "guidance_scale": 1, "seed": 0,

@@ -17,7 +17,7 @@ from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.window import Live, Query, Setup, advance, evaluate
 from free.targets import DiTTarget
-from free_kernels import guided, posterior
+from free_kernels import guided, posterior, x0_estimate
 
 MEMORY = 16
 """Rounds that are kept for reuse."""
@@ -177,6 +177,7 @@ class VisitedWindows:
                 "step": live.step,
                 "state": live.state,
                 "last": _as_dict(live.last),
+                **({} if live.x0 is None else {"x0": live.x0}),
             }
         return state
 
@@ -195,7 +196,8 @@ class VisitedWindows:
             conditioning["class_labels"].copy_(live["labels"])
             index = torch.arange(len(live["step"]), device=device)
             last = LastWindow(**live["last"])
-            self.live = Live(index, live["seed"], live["step"], live["state"], last, conditioning, None)
+            moving = live["seed"], live["step"], live["state"]
+            self.live = Live(index, *moving, last, conditioning, None, x0=live.get("x0"))
 
     def _round(self, drafter: FeatureDrafter, clean: Callable[[], torch.Tensor], labels: torch.Tensor) -> Examples:
         request, process = self.request, self.request.process
@@ -240,7 +242,14 @@ class VisitedWindows:
         assert output is not None
         feature = None if first.feature is None else first.feature[:, None]
         last = LastWindow(step, one, state[:, None], output, unconditional, feature)
-        return Live(index, _draw_seeds(one), step, state, last, request.conditioning, None)
+        live = Live(index, _draw_seeds(one), step, state, last, request.conditioning, None)
+        if process.memory is not None:
+            # of the state before nothing is known: as if nothing had changed
+            half = None if unconditional is None else unconditional[:, 0]
+            live.x0 = x0_estimate(
+                state, guided(output[:, 0], half, request.guidance_scale, torch.float32), step, process.table
+            )
+        return live
 
     def _begin_again(self, live: Live, labels: torch.Tensor) -> Live:
         """New trajectories where old ones ended: from noise, with nothing to lean on."""
@@ -248,7 +257,7 @@ class VisitedWindows:
         ended = live.step == request.process.num_steps  # [B]
         request.conditioning["class_labels"][ended] = labels[: int(ended.sum())]
         live.seed[ended] = _draw_seeds(live.seed[ended])
-        live.state[ended] = torch.randn_like(live.state[ended])
+        live.state[ended] = request.process.initial_std * torch.randn_like(live.state[ended])
         for values in (last.states, last.output, last.unconditional, last.feature):
             if values is not None:
                 values[ended] = 0

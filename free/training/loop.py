@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from free.data.digits import weights_path
 from free.data.images import LatentData, open_images
 from free.drafters.feature import FeatureDrafter
+from free.outputs import check_folder, writing
 from free.targets import DiTTarget, as_target
 from free.targets.loading import fingerprint, load_target
 from free.training.checkpoint import Checkpoints, random_state, set_random_state
@@ -100,6 +101,7 @@ class _Run:
 
     def train(self) -> FeatureDrafter:
         config, accelerator = self.config, self.accelerator
+        check_folder("output_dir", self.output_dir, FeatureDrafter.__name__)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if config.report_to != "none":
             accelerator.init_trackers("drafter")
@@ -261,7 +263,8 @@ class _Run:
     def _finish(self) -> FeatureDrafter:
         accelerator = self.accelerator
         if accelerator.is_main_process:
-            self._save_drafter(self.output_dir)
+            with writing("drafter", self.output_dir):
+                self._save_drafter(self.output_dir)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return FeatureDrafter.from_pretrained(self.output_dir).to(accelerator.device)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from free.checks import is_int
 from free.processes import ReverseProcess
 
 WINDOWS = (1, 2, 4, 8, 16, 32, 64)
@@ -154,8 +155,8 @@ class WindowPlan(Schedule):
 
 def check_window(window: Any) -> None:
     """Raise a ValueError unless ``window`` is a positive int, ``"auto"`` or a plan."""
-    fits = isinstance(window, WindowPlan) or window == "auto" or (type(window) is int and window >= 1)
-    if not fits:
+    fits = isinstance(window, WindowPlan) or (isinstance(window, str) and window == "auto")
+    if not fits and not (is_int(window) and window >= 1):
         raise ValueError(f"window is {window!r}; allowed is an int, 1 or more, 'auto', or a plan of free.plan_window")
 
 
@@ -163,4 +164,4 @@ def schedule_of(window: int | str | WindowPlan) -> Schedule | None:
     """The schedule that a checked ``window`` stands for; None is one that has to be measured, :func:`auto_window`."""
     if isinstance(window, WindowPlan):
         return window
-    return FixedWindow(window) if isinstance(window, int) else None
+    return None if isinstance(window, str) else FixedWindow(int(window))

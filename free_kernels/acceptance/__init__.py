@@ -9,7 +9,7 @@ import torch
 from free_kernels.acceptance import reference
 from free_kernels.checks import check_guidance, check_index, check_values
 from free_kernels.dispatch import resolve
-from free_kernels.table import StepTable, check_table
+from free_kernels.table import StepTable, check_memory, check_table
 
 __all__ = ["Acceptance", "acceptance", "acceptance_from_means"]
 
@@ -36,6 +36,7 @@ def acceptance(
     unconditional_output: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     noise: torch.Tensor | None = None,
+    previous_x0: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> Acceptance:
     """Acceptance ratios from two outputs at the same state and the noise that made the drafted step.
@@ -53,6 +54,8 @@ def acceptance(
         table: the process, columns [S].
         unconditional_output, guidance_scale: as in :func:`free_kernels.posterior`, for the target.
         noise: z [B, N, D] if it is at hand.
+        previous_x0: [B, D], float, of a process of second order, as in :func:`free_kernels.verify`; ``state`` is read then,
+            and ``draft_output`` is the effective one.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -71,7 +74,19 @@ def acceptance(
     check_guidance(target_output, unconditional_output, guidance_scale)
     if noise is not None:
         check_values("noise", noise, state.shape, state.device)
-    arguments = (state, target_output, draft_output, seed, step, table, unconditional_output, guidance_scale, noise)
+    check_memory(table, previous_x0, (batch, state.shape[2]), state.device)
+    arguments = (
+        state,
+        target_output,
+        draft_output,
+        seed,
+        step,
+        table,
+        unconditional_output,
+        guidance_scale,
+        noise,
+        previous_x0,
+    )
     chosen = resolve(
         impl,
         state.device,
@@ -80,6 +95,7 @@ def acceptance(
         draft_output=draft_output,
         unconditional_output=unconditional_output,
         noise=noise,
+        previous_x0=previous_x0,
     )
     if chosen == "triton":
         from free_kernels.acceptance import kernel

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from free_kernels.launch import block_size, check_programs, chunks_of, eager, on_device, rows_of
 from free_kernels.philox.kernel import block_offsets
-from free_kernels.posterior.kernel import clamp, load_column, load_guided, load_noise, mean_columns
+from free_kernels.posterior.kernel import clamp, effective_output, load_column, load_guided, load_noise, mean_columns
 from free_kernels.table import StepTable
 
 FINISH_ROWS = 64
@@ -29,18 +29,53 @@ def mean_difference(state, target, draft, scale, x0_state, x0_model, clip_range,
 
 
 @triton.jit
+def x0_before(
+    state_row,
+    target_row,
+    unconditional_row,
+    previous_row,
+    state_column,
+    target_column,
+    unconditional_column,
+    x0_state_ptr,
+    x0_model_ptr,
+    column,
+    step,
+    offsets,
+    mask,
+    guidance_scale,
+    GUIDED: tl.constexpr,
+):
+    """The target's estimate of x0 at the step before: from the column before, or ``previous_row`` at the window's first.
+
+    The rows are of this column; only one of the two sources is read.
+    """
+    inside = mask & (offsets >= tl.where(column > 0, 0, 2**30))
+    first = mask & (offsets >= tl.where(column > 0, 2**30, 0))
+    known = tl.maximum(step - 1, 0)
+    state = tl.load(state_row - state_column + offsets, mask=inside, other=0.0).to(tl.float32)
+    output = load_guided(
+        target_row - target_column, unconditional_row - unconditional_column, offsets, inside, guidance_scale, GUIDED
+    )
+    x0 = load_column(x0_state_ptr, known) * state + load_column(x0_model_ptr, known) * output
+    return x0 + tl.load(previous_row + offsets, mask=first, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def partial_sums_kernel(
-    state_ptr,  # float [B, >= N, D], strides state_batch, state_column; not read unless CLIP
+    state_ptr,  # float [B, >= N, D], strides state_batch, state_column; not read unless CLIP or MEMORY
     target_ptr,  # float [B, >= N, D], strides target_batch, target_column
     unconditional_ptr,  # float [B, >= N, D], strides unconditional_batch, unconditional_column; not read unless GUIDED
     draft_ptr,  # float [B, N, D], strides draft_batch, draft_column
     noise_ptr,  # float [B, >= N, D], strides noise_batch, noise_column; not read unless HAS_NOISE
+    previous_ptr,  # float [B, D], rows previous_row apart: x0 at the step before; not read unless MEMORY
     seed_ptr,  # int64 [B]
     step_ptr,  # int64 [B]
     model_coef_ptr,  # float [S], of the mean: clip_x0_coef where CLIP
     std_ptr,  # float [S]
     x0_state_ptr,  # float [S]
     x0_model_ptr,  # float [S]
+    memory_gain_ptr,  # float [S]; not read unless MEMORY
     inner_ptr,  # float32 [B, N, CHUNKS]
     squared_ptr,  # float32 [B, N, CHUNKS]
     state_batch,
@@ -53,6 +88,7 @@ def partial_sums_kernel(
     draft_column,
     noise_batch,
     noise_column,
+    previous_row,
     columns,
     numel,
     num_steps,
@@ -63,6 +99,7 @@ def partial_sums_kernel(
     GUIDED: tl.constexpr,
     CLIP: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    MEMORY: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = COUNTERS * 4
@@ -90,8 +127,27 @@ def partial_sums_kernel(
         draft = tl.load(draft_row + start + offsets, mask=mask, other=0.0).to(tl.float32)
         target = load_guided(target_row + start, unconditional_row + start, offsets, mask, guidance_scale, GUIDED)
         state = draft
-        if CLIP:
+        if CLIP or MEMORY:
             state = tl.load(state_row + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        if MEMORY:
+            before = x0_before(
+                state_row + start,
+                target_row + start,
+                unconditional_row + start,
+                previous_ptr + sample * previous_row + start,
+                state_column,
+                target_column,
+                unconditional_column,
+                x0_state_ptr,
+                x0_model_ptr,
+                column,
+                step,
+                offsets,
+                mask,
+                guidance_scale,
+                GUIDED,
+            )
+            target, _ = effective_output(target, state, before, load_column(memory_gain_ptr, step), x0_state, x0_model)
         noise = load_noise(noise_row + start, offsets, mask, seed, start, step, HAS_NOISE, COUNTERS)
         delta = mean_difference(state, target, draft, scale, x0_state, x0_model, clip_range, CLIP)
         inner = tl.fma(noise, delta, inner)
@@ -179,6 +235,7 @@ def partial_sums(
     unconditional_output: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> torch.Tensor:
     """float32 [2, B, N, chunks]: partial <z, delta> and |delta|² of the N drafted columns; the other tensors may have more.
 
@@ -190,6 +247,7 @@ def partial_sums(
     partials = torch.empty(2, batch, drafts, chunks, dtype=torch.float32, device=draft_output.device)
     unconditional = target_output if unconditional_output is None else unconditional_output
     stored = target_output if noise is None else noise
+    previous = target_output if previous_x0 is None else previous_x0
     grid = check_programs("draft_output", batch * drafts * chunks)
     with on_device(draft_output):
         partial_sums_kernel[(grid,)](
@@ -198,9 +256,11 @@ def partial_sums(
             unconditional,
             draft_output,
             stored,
+            previous,
             seed,
             step,
-            *columns[1:],
+            *columns[1:5],
+            columns[-1],
             partials[0],
             partials[1],
             *state.stride()[:2],
@@ -208,6 +268,7 @@ def partial_sums(
             *unconditional.stride()[:2],
             *draft_output.stride()[:2],
             *stored.stride()[:2],
+            previous.stride(0),
             drafts,
             numel,
             columns[0].shape[0],
@@ -218,6 +279,7 @@ def partial_sums(
             GUIDED=unconditional_output is not None,
             CLIP=clip_range is not None,
             HAS_NOISE=noise is not None,
+            MEMORY=previous_x0 is not None,
             COUNTERS=block // 4,
             enable_fp_fusion=False,
         )
@@ -234,6 +296,7 @@ def acceptance(
     unconditional_output: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log_ratio, inner and squared_norm, float32 [B, N] each."""
     call = _acceptance if eager(state, target_output, draft_output) else _acceptance_op
@@ -248,6 +311,7 @@ def acceptance(
         unconditional_output,
         guidance_scale,
         noise,
+        previous_x0,
     )
 
 
@@ -270,6 +334,7 @@ def _acceptance(
     unconditional_output: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     partials = partial_sums(
         rows_of(state),
@@ -282,6 +347,7 @@ def _acceptance(
         None if unconditional_output is None else rows_of(unconditional_output),
         guidance_scale,
         None if noise is None else rows_of(noise),
+        None if previous_x0 is None else rows_of(previous_x0),
     )
     return _finish(partials, draft_output.shape[:2])
 
@@ -338,7 +404,8 @@ _acceptance_op = torch.library.custom_op(
     _acceptance,
     mutates_args=(),
     schema="(Tensor state, Tensor target_output, Tensor draft_output, Tensor seed, Tensor step, Tensor[] columns, "
-    "float? clip_range, Tensor? unconditional_output, float guidance_scale, Tensor? noise) -> (Tensor, Tensor, Tensor)",
+    "float? clip_range, Tensor? unconditional_output, float guidance_scale, Tensor? noise, Tensor? previous_x0) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 _acceptance_from_means_op = torch.library.custom_op(
     "free_kernels::acceptance_from_means",

@@ -8,7 +8,7 @@ import torch
 
 from free_kernels.philox import NOISE_STREAM
 from free_kernels.philox.reference import normal
-from free_kernels.posterior.reference import at_step, compute_dtype, guided, x0_estimate
+from free_kernels.posterior.reference import at_step, compute_dtype, effective_window, guided, x0_estimate
 from free_kernels.table import StepTable
 
 if TYPE_CHECKING:
@@ -52,12 +52,15 @@ def acceptance(
     unconditional_output: torch.Tensor | None,
     guidance_scale: float,
     noise: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> Acceptance:
     dtype = compute_dtype(state)
     steps = (step[:, None] + torch.arange(state.shape[1], device=step.device)).clamp(max=table.num_steps - 1)  # [B, N]
     if noise is None:
         noise = normal(seed[:, None], steps, state.shape[-1], NOISE_STREAM, dtype)
     target_output = guided(target_output, unconditional_output, guidance_scale, dtype)
+    if previous_x0 is not None:
+        target_output, _ = effective_window(state.to(dtype), target_output, previous_x0, steps, table)
     delta = mean_difference(state.to(dtype), target_output, draft_output.to(dtype), steps, table)
     return log_acceptance(noise.to(dtype), delta)
 

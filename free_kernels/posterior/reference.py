@@ -38,6 +38,24 @@ def x0_estimate(state: torch.Tensor, output: torch.Tensor, step: torch.Tensor, t
     return at_step(table.x0_state_coef, step, dtype) * state + at_step(table.x0_model_coef, step, dtype) * output
 
 
+def effective_output(
+    state: torch.Tensor, output: torch.Tensor, previous_x0: torch.Tensor, step: torch.Tensor, table: StepTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The guided output of a process of second order as it stands in the mean, and the estimate of x0; [*step.shape, D]."""
+    assert table.memory_gain is not None
+    x0 = x0_estimate(state, output, step, table)
+    return output + at_step(table.memory_gain, step, state.dtype) * (x0 - previous_x0.to(state.dtype)), x0
+
+
+def effective_window(
+    states: torch.Tensor, output: torch.Tensor, previous_x0: torch.Tensor, steps: torch.Tensor, table: StepTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`effective_output` of successive steps [B, W], ``previous_x0`` [B, D] being of the step before the first."""
+    x0 = x0_estimate(states, output, steps, table)
+    before = torch.cat((previous_x0[:, None].to(x0.dtype), x0[:, :-1]), 1)
+    return effective_output(states, output, before, steps, table)
+
+
 def compute_dtype(state: torch.Tensor) -> torch.dtype:
     """States and noise are float32 whatever the network computes in; float64 stays float64, for tests."""
     return torch.float64 if state.dtype == torch.float64 else torch.float32
@@ -59,3 +77,21 @@ def posterior(
         noise = normal(seed, step, state.shape[-1], NOISE_STREAM, dtype)
     mean = step_mean(state.to(dtype), guided(output, unconditional_output, guidance_scale, dtype), step, table)
     return mean + at_step(table.std, step, dtype) * noise.to(dtype)
+
+
+def posterior_with_memory(
+    state: torch.Tensor,
+    output: torch.Tensor,
+    previous_x0: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    table: StepTable,
+    unconditional_output: torch.Tensor | None,
+    guidance_scale: float,
+    noise: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(state)
+    step = step.clamp(max=table.num_steps - 1)
+    output = guided(output, unconditional_output, guidance_scale, dtype)
+    output, x0 = effective_output(state.to(dtype), output, previous_x0, step, table)
+    return posterior(state, output, seed, step, table, None, 1.0, noise), x0

@@ -9,7 +9,7 @@ import torch
 from free_kernels.checks import MAX_ELEMENTS, check_drafted, check_guidance, check_index, check_values
 from free_kernels.dispatch import resolve
 from free_kernels.propose import reference
-from free_kernels.table import StepTable, check_table
+from free_kernels.table import StepTable, check_memory, check_table
 
 HOLD_DRAFTS = ("hold-x0", "hold-output")
 
@@ -22,7 +22,9 @@ class Proposal(NamedTuple):
     states: torch.Tensor
     """[B, W, D]: the current state and the W-1 drafted ones."""
     draft_output: torch.Tensor
-    """[B, W-1, D]: the network output that each drafted step was made with, its correction included."""
+    """[B, W-1, D]: the network output that each drafted step was made with, its correction included; of a process of second
+    order the effective one, of :class:`free_kernels.StepTable`.
+    """
 
 
 def propose(
@@ -41,6 +43,7 @@ def propose(
     guidance_scale: float = 1.0,
     noise: torch.Tensor | None = None,
     correction: torch.Tensor | None = None,
+    previous_x0: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> Proposal:
     """Draft W-1 steps by holding what the last window knew, with a correction on top where one is given.
@@ -67,6 +70,9 @@ def propose(
         noise: z [B, W-1, D] (or more columns) if it is at hand.
         correction: [B, W-1, D] (or more columns), float of any dtype, added to each step's guided draft; NaN in it shows in
             the states and in ``draft_output``.
+        previous_x0: [B, D], float, of a process of second order, as in :func:`free_kernels.verify`. The drafts are guesses
+            of the output then, and take the step of second order by the estimates of x0 that they stand for; left out they
+            are guesses of the effective output.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -93,6 +99,8 @@ def propose(
     check_guidance(anchor_outputs, unconditional_anchor_outputs, guidance_scale, "unconditional_anchor_outputs")
     check_drafted("noise", noise, (batch, None, numel), window, state.device)
     check_drafted("correction", correction, (batch, None, numel), window, state.device)
+    if previous_x0 is not None:
+        check_memory(table, previous_x0, (batch, numel), state.device)
     arguments = (
         state,
         seed,
@@ -108,6 +116,7 @@ def propose(
         guidance_scale,
         noise,
         correction,
+        previous_x0,
     )
     chosen = resolve(
         impl,
@@ -118,6 +127,7 @@ def propose(
         unconditional_anchor_outputs=unconditional_anchor_outputs,
         noise=noise,
         correction=correction,
+        previous_x0=previous_x0,
     )
     if chosen == "triton":
         from free_kernels.propose import kernel

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from free_kernels.launch import block_size, check_programs, eager, on_device, rows_of
 from free_kernels.philox.kernel import block_offsets
-from free_kernels.posterior.kernel import load_column, load_guided, load_noise, mean_columns, step_mean
+from free_kernels.posterior.kernel import effective_output, load_column, load_guided, load_noise, mean_columns, step_mean
 from free_kernels.table import StepTable
 
 MAX_BLOCK = 1024
@@ -25,6 +25,7 @@ def propose_kernel(
     unconditional_ptr,  # float [B, A, D], strides unconditional_batch, unconditional_column; not read unless GUIDED
     noise_ptr,  # float [B, >= DRAFTS, D], strides noise_batch, noise_column; not read unless HAS_NOISE
     correction_ptr,  # float [B, >= DRAFTS, D], strides correction_batch, correction_column; not read unless HAS_CORRECTION
+    previous_ptr,  # float [B, D], rows previous_row apart: x0 at the step before; not read unless MEMORY
     seed_ptr,  # int64 [B]
     step_ptr,  # int64 [B]
     anchor_step_ptr,  # int64 [B]
@@ -34,6 +35,7 @@ def propose_kernel(
     std_ptr,  # float [S]
     x0_state_ptr,  # float [S]
     x0_model_ptr,  # float [S]
+    memory_gain_ptr,  # float [S]; not read unless MEMORY
     states_ptr,  # float32 [B, DRAFTS + 1, D]
     drafted_ptr,  # float32 [B, DRAFTS, D]
     state_row,
@@ -47,6 +49,7 @@ def propose_kernel(
     noise_column,
     correction_batch,
     correction_column,
+    previous_row,
     anchors,
     numel,
     num_steps,
@@ -58,6 +61,7 @@ def propose_kernel(
     CLIP: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     HAS_CORRECTION: tl.constexpr,
+    MEMORY: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = COUNTERS * 4
@@ -76,6 +80,9 @@ def propose_kernel(
     drafted_row = drafted_ptr + sample * DRAFTS * numel + start
     correction_row = correction_ptr + sample * correction_batch + start
     tl.store(states_row + offsets, current, mask=mask)
+    x0 = current
+    if MEMORY:
+        x0 = tl.load(previous_ptr + sample * previous_row + start + offsets, mask=mask, other=0.0).to(tl.float32)
     for j in range(DRAFTS):
         step = tl.minimum(tl.maximum(first_step + j, 0), num_steps - 1)
         # the latest evaluation at this step or before: a later one has seen this step's noise
@@ -104,6 +111,8 @@ def propose_kernel(
         if HAS_CORRECTION:  # read here and not before the noise is made, which takes the most registers
             output += tl.load(correction_row + offsets, mask=mask, other=0.0).to(tl.float32)
             correction_row += correction_column
+        if MEMORY:
+            output, x0 = effective_output(output, current, x0, load_column(memory_gain_ptr, step), x0_state, x0_model)
         mean = step_mean(
             current,
             output,
@@ -136,6 +145,7 @@ def propose(
     guidance_scale: float,
     noise: torch.Tensor | None,
     correction: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """states [B, W, D] and draft_output [B, W-1, D], float32."""
     call = _propose if eager(state, anchor_states, anchor_outputs) else _propose_op
@@ -155,6 +165,7 @@ def propose(
         guidance_scale,
         noise,
         correction,
+        previous_x0,
     )
 
 
@@ -174,6 +185,7 @@ def _propose(
     guidance_scale: float,
     noise: torch.Tensor | None,
     correction: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, numel = state.shape
     state, anchor_states, outputs = rows_of(state), rows_of(anchor_states), rows_of(anchor_outputs)
@@ -182,6 +194,7 @@ def _propose(
         noise = correction = None
     stored = outputs if noise is None else rows_of(noise)
     corrections = outputs if correction is None else rows_of(correction)
+    previous = state if previous_x0 is None else rows_of(previous_x0)
     states = torch.empty(batch, window, numel, dtype=torch.float32, device=state.device)
     drafted = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=state.device)
     block = min(block_size(numel), MAX_BLOCK)
@@ -194,11 +207,13 @@ def _propose(
             unconditional,
             stored,
             corrections,
+            previous,
             seed.contiguous(),
             step.contiguous(),
             anchor_step.contiguous(),
             anchor_length.contiguous(),
-            *columns,
+            *columns[:5],
+            columns[-1],
             states,
             drafted if window > 1 else states,
             state.stride(0),
@@ -207,6 +222,7 @@ def _propose(
             *unconditional.stride()[:2],
             *stored.stride()[:2],
             *corrections.stride()[:2],
+            previous.stride(0),
             anchor_states.shape[1],
             numel,
             columns[0].shape[0],
@@ -218,6 +234,7 @@ def _propose(
             CLIP=clip_range is not None,
             HAS_NOISE=noise is not None,
             HAS_CORRECTION=correction is not None,
+            MEMORY=previous_x0 is not None,
             COUNTERS=block // 4,
             enable_fp_fusion=False,
         )
@@ -230,7 +247,8 @@ _propose_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor state, Tensor seed, Tensor step, int window, Tensor anchor_states, Tensor anchor_outputs, "
     "Tensor anchor_step, Tensor anchor_length, Tensor[] columns, float? clip_range, str draft, "
-    "Tensor? unconditional_anchor_outputs, float guidance_scale, Tensor? noise, Tensor? correction) -> (Tensor, Tensor)",
+    "Tensor? unconditional_anchor_outputs, float guidance_scale, Tensor? noise, Tensor? correction, "
+    "Tensor? previous_x0) -> (Tensor, Tensor)",
 )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from free_kernels.philox import NOISE_STREAM
 from free_kernels.philox.reference import normal
-from free_kernels.posterior.reference import at_step, compute_dtype, guided, step_mean, x0_estimate
+from free_kernels.posterior.reference import at_step, compute_dtype, effective_output, guided, step_mean, x0_estimate
 from free_kernels.table import StepTable
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def propose(
     guidance_scale: float,
     noise: torch.Tensor | None,
     correction: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> Proposal:
     from free_kernels.propose import Proposal
 
@@ -51,17 +52,19 @@ def propose(
 
     column = anchor_index(steps, anchor_step, anchor_length)
     anchor_steps = anchor_step[:, None] + column
-    column = column.unsqueeze(-1).expand(-1, -1, numel)
+    row = torch.arange(len(step), device=step.device)[:, None]
     if unconditional_anchor_outputs is not None:
-        unconditional_anchor_outputs = unconditional_anchor_outputs.gather(1, column)
-    held = guided(anchor_outputs.gather(1, column), unconditional_anchor_outputs, guidance_scale, dtype)
+        unconditional_anchor_outputs = unconditional_anchor_outputs[row, column]
+    held = guided(anchor_outputs[row, column], unconditional_anchor_outputs, guidance_scale, dtype)
     if correction is not None:
         correction = correction[:, : window - 1].to(dtype)
         if draft == "hold-output":
             held = held + correction
     scaled_noise = at_step(table.std, steps, dtype) * noise[:, : window - 1].to(dtype)
-    if draft == "hold-output" and table.clip_range is not None:
+    if draft == "hold-output" and (table.clip_range is not None or previous_x0 is not None):
         for j in range(window - 1):
+            if previous_x0 is not None:
+                held[:, j], previous_x0 = effective_output(states[:, j], held[:, j], previous_x0, steps[:, j], table)
             states[:, j + 1] = step_mean(states[:, j], held[:, j], steps[:, j], table) + scaled_noise[:, j]
         return Proposal(states, held)
 
@@ -70,10 +73,13 @@ def propose(
         slope, gain = at_step(table.state_coef, steps, dtype), at_step(table.model_coef, steps, dtype)
         drive = gain * held + scaled_noise
     else:
-        x0 = x0_estimate(anchor_states.gather(1, column).to(dtype), held, anchor_steps, table)  # [B, W-1, D]
+        x0 = x0_estimate(anchor_states[row, column].to(dtype), held, anchor_steps, table)  # [B, W-1, D]
         x0_state_coef, x0_model_coef = at_step(table.x0_state_coef, steps, dtype), at_step(table.x0_model_coef, steps, dtype)
         if correction is not None:
             x0 = x0 + x0_model_coef * correction  # the x0 estimate that the corrected output stands for
+        if table.memory_gain is not None and previous_x0 is not None:
+            before = torch.cat((previous_x0[:, None].to(dtype), x0[:, :-1]), 1)
+            x0 = x0 + at_step(table.memory_gain, steps, dtype) * x0_model_coef * (x0 - before)
         if table.clip_range is None:
             gain = at_step(table.model_coef, steps, dtype) / x0_model_coef
             slope = at_step(table.state_coef, steps, dtype) - gain * x0_state_coef

@@ -8,7 +8,7 @@ import torch
 
 from free_kernels.checks import check_drafted, check_guidance, check_index, check_values
 from free_kernels.dispatch import resolve
-from free_kernels.table import StepTable, check_table
+from free_kernels.table import StepTable, check_memory, check_table
 from free_kernels.verify import reference
 
 __all__ = ["Verification", "verify"]
@@ -27,6 +27,10 @@ class Verification(NamedTuple):
     """[B, W-1]: log acceptance ratio of each drafted step, before tau; beyond the first rejection it decided nothing."""
     squared_norm: torch.Tensor
     """[B, W-1]: |delta|² of each drafted step."""
+    x0: torch.Tensor | None = None
+    """[B, D]: of a process of second order, the target's estimate of x0 at the last settled step, the next window's
+    ``previous_x0``; of first order [B, 0].
+    """
 
 
 def verify(
@@ -43,6 +47,7 @@ def verify(
     noise: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
+    previous_x0: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> Verification:
     """Reflection-maximal coupling of each drafted step with the target's, first rejection ends the window.
@@ -70,6 +75,9 @@ def verify(
         uniforms: u [B, W-1] (or more columns) if it is at hand; it must be ``uniform(seed, step + j)``, likewise.
         tau: [B, W-1] (or more columns), float of any dtype, in [0, 1]. It is the caller who checks the range, as this reads
             it on the device only; NaN rejects.
+        previous_x0: [B, D], float, of a process of second order: the target's estimate of x0 at the step before ``step``, as
+            the last verification returned it; anything finite where ``memory_gain`` is 0. ``draft_output`` is the effective
+            one, of :class:`free_kernels.StepTable`.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -92,6 +100,7 @@ def verify(
         check_values("noise", noise, states.shape, states.device)
     check_drafted("uniforms", uniforms, (batch, None), window, states.device)
     check_drafted("tau", tau, (batch, None), window, states.device)
+    check_memory(table, previous_x0, (batch, numel), states.device)
     arguments = (
         states,
         target_output,
@@ -105,6 +114,7 @@ def verify(
         noise,
         uniforms,
         tau,
+        previous_x0,
     )
     chosen = resolve(
         impl,
@@ -116,6 +126,7 @@ def verify(
         noise=noise,
         uniforms=uniforms,
         tau=tau,
+        previous_x0=previous_x0,
     )
     if chosen == "triton":
         from free_kernels.verify import kernel

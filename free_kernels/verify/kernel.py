@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from free_kernels.acceptance.kernel import load_sums, mean_difference, partial_sums
+from free_kernels.acceptance.kernel import load_sums, mean_difference, partial_sums, x0_before
 from free_kernels.householder.kernel import can_reflect
 from free_kernels.launch import block_size, check_programs, chunks_of, eager, on_device, rows_of
 from free_kernels.philox import TEST_STREAM
 from free_kernels.philox.kernel import block_offsets, minus_two_log, open_uniform_scaled, philox_words
-from free_kernels.posterior.kernel import load_column, load_guided, load_noise, mean_columns, step_mean
+from free_kernels.posterior.kernel import effective_output, load_column, load_guided, load_noise, mean_columns, step_mean
 from free_kernels.table import StepTable
 
 TEST = tl.constexpr(TEST_STREAM)
@@ -35,6 +35,7 @@ def settle_kernel(
     noise_ptr,  # float [B, W, D], strides noise_batch, noise_column; not read unless HAS_NOISE
     uniform_ptr,  # float [B, >= W-1], rows uniform_row apart; not read unless HAS_UNIFORMS
     tau_ptr,  # float [B, >= W-1], rows tau_row apart; not read unless HAS_TAU
+    previous_ptr,  # float [B, D], rows previous_row apart: x0 at the step before; not read unless MEMORY
     seed_ptr,  # int64 [B]
     step_ptr,  # int64 [B]
     length_ptr,  # int64 [B]
@@ -43,6 +44,7 @@ def settle_kernel(
     std_ptr,  # float [S]
     x0_state_ptr,  # float [S]
     x0_model_ptr,  # float [S]
+    memory_gain_ptr,  # float [S]; not read unless MEMORY
     inner_ptr,  # float32 [B, W-1, CHUNKS]
     squared_ptr,  # float32 [B, W-1, CHUNKS]
     next_state_ptr,  # float32 [B, D]
@@ -50,6 +52,7 @@ def settle_kernel(
     rejected_ptr,  # uint8 [B]
     log_ratio_ptr,  # float32 [B, W-1]
     squared_norm_ptr,  # float32 [B, W-1]
+    x0_ptr,  # float32 [B, D]; not written unless MEMORY
     state_batch,
     state_column,
     target_batch,
@@ -62,6 +65,7 @@ def settle_kernel(
     noise_column,
     uniform_row,
     tau_row,
+    previous_row,
     drafts,
     numel,
     num_steps,
@@ -76,6 +80,7 @@ def settle_kernel(
     HAS_NOISE: tl.constexpr,
     HAS_UNIFORMS: tl.constexpr,
     HAS_TAU: tl.constexpr,
+    MEMORY: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = COUNTERS * 4
@@ -138,6 +143,28 @@ def settle_kernel(
         guidance_scale,
         GUIDED,
     )
+    if MEMORY:
+        previous_start = previous_ptr + sample * previous_row + start
+        before = x0_before(
+            state_row,
+            target_ptr + sample * target_batch + last * target_column + start,
+            unconditional_ptr + sample * unconditional_batch + last * unconditional_column + start,
+            previous_start,
+            state_column,
+            target_column,
+            unconditional_column,
+            x0_state_ptr,
+            x0_model_ptr,
+            last,
+            step,
+            offsets,
+            mask,
+            guidance_scale,
+            GUIDED,
+        )
+        target, x0 = effective_output(target, state, before, load_column(memory_gain_ptr, step), x0_state, x0_model)
+        x0 = tl.where(length > 0, x0, before)  # a finished sample's stays as it is
+        tl.store(x0_ptr + sample * numel + start + offsets, x0, mask=mask)
     noise_row = noise_ptr + sample * noise_batch + last * noise_column + start
     noise = load_noise(noise_row, offsets, mask, seed, start, step, HAS_NOISE, COUNTERS)
     if ROW_TILES > 0:
@@ -164,8 +191,9 @@ def verify(
     noise: torch.Tensor | None,
     uniforms: torch.Tensor | None,
     tau: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """next_state [B, D], advance [B], rejected [B], log_ratio and squared_norm [B, W-1]."""
+    previous_x0: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """next_state [B, D], advance [B], rejected [B], log_ratio and squared_norm [B, W-1], and x0 [B, D] or [B, 0]."""
     call = _verify if eager(states, target_output, draft_output) else _verify_op
     return call(
         states,
@@ -181,6 +209,7 @@ def verify(
         noise,
         uniforms,
         tau,
+        previous_x0,
     )
 
 
@@ -198,7 +227,8 @@ def _verify(
     noise: torch.Tensor | None,
     uniforms: torch.Tensor | None,
     tau: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    previous_x0: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, window, numel = states.shape
     drafts = window - 1
     states, target = rows_of(states), rows_of(target_output)
@@ -209,6 +239,7 @@ def _verify(
     tests = target if uniforms is None else rows_of(uniforms)
     taus = target if tau is None else rows_of(tau)
     draft = rows_of(draft_output) if drafts else target
+    previous = None if previous_x0 is None else rows_of(previous_x0)
     seed, step = seed.contiguous(), step.contiguous()
     chunks, _ = chunks_of(numel)
     chunks_padded = triton.next_power_of_2(chunks)
@@ -219,15 +250,18 @@ def _verify(
     rejected = torch.empty(batch, dtype=torch.uint8, device=states.device)
     log_ratio = torch.empty(batch, drafts, dtype=torch.float32, device=states.device)
     squared_norm = torch.empty_like(log_ratio)
+    x0 = next_state.new_empty(batch, 0 if previous is None else numel)
     inner, squared = next_state, next_state
     if drafts:
         inner, squared = partial_sums(
-            states, target, draft, seed, step, columns, clip_range, unconditional, guidance_scale, stored
+            states, target, draft, seed, step, columns, clip_range, unconditional, guidance_scale, stored, previous
         ).unbind()
     block = block_size(numel)
     grid = check_programs("states", batch * triton.cdiv(numel, block))
     unconditional = target if unconditional is None else unconditional
     stored = target if stored is None else stored
+    memory = previous is not None
+    previous = target if previous is None else previous
     with on_device(states):
         settle_kernel[(grid,)](
             states,
@@ -237,10 +271,12 @@ def _verify(
             stored,
             tests,
             taus,
+            previous,
             seed,
             step,
             length.contiguous(),
-            *columns,
+            *columns[:5],
+            columns[-1],
             inner,
             squared,
             next_state,
@@ -248,6 +284,7 @@ def _verify(
             rejected,
             log_ratio if drafts else next_state,
             squared_norm if drafts else next_state,
+            x0 if memory else next_state,
             *states.stride()[:2],
             *target.stride()[:2],
             *unconditional.stride()[:2],
@@ -255,6 +292,7 @@ def _verify(
             *stored.stride()[:2],
             tests.stride(0),
             taus.stride(0),
+            previous.stride(0),
             drafts,
             numel,
             columns[0].shape[0],
@@ -269,10 +307,11 @@ def _verify(
             HAS_NOISE=noise is not None,
             HAS_UNIFORMS=uniforms is not None,
             HAS_TAU=tau is not None,
+            MEMORY=memory,
             COUNTERS=block // 4,
             enable_fp_fusion=False,
         )
-    return next_state, advance, rejected.view(torch.bool), log_ratio, squared_norm
+    return next_state, advance, rejected.view(torch.bool), log_ratio, squared_norm, x0
 
 
 _verify_op = torch.library.custom_op(
@@ -281,12 +320,12 @@ _verify_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor states, Tensor target_output, Tensor draft_output, Tensor seed, Tensor step, Tensor length, "
     "Tensor[] columns, float? clip_range, Tensor? unconditional_output, float guidance_scale, Tensor? noise, "
-    "Tensor? uniforms, Tensor? tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? uniforms, Tensor? tau, Tensor? previous_x0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_verify_op.register_fake
-def _(states: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(states: torch.Tensor, *others: object) -> tuple[torch.Tensor, ...]:
     batch, window, numel = states.shape
     return (
         states.new_empty(batch, numel, dtype=torch.float32),
@@ -294,4 +333,5 @@ def _(states: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, tor
         states.new_empty(batch, dtype=torch.bool),
         states.new_empty(batch, window - 1, dtype=torch.float32),
         states.new_empty(batch, window - 1, dtype=torch.float32),
+        states.new_empty(batch, 0 if others[-1] is None else numel, dtype=torch.float32),
     )

@@ -10,7 +10,7 @@ from free_kernels.acceptance.reference import log_acceptance, mean_difference
 from free_kernels.householder.reference import householder
 from free_kernels.philox import NOISE_STREAM, TEST_STREAM
 from free_kernels.philox.reference import normal, uniform
-from free_kernels.posterior.reference import at_step, compute_dtype, guided, step_mean
+from free_kernels.posterior.reference import at_step, compute_dtype, effective_window, guided, step_mean
 from free_kernels.table import StepTable
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def verify(
     noise: torch.Tensor | None,
     uniforms: torch.Tensor | None,
     tau: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
 ) -> Verification:
     from free_kernels.verify import Verification
 
@@ -39,6 +40,9 @@ def verify(
     steps = (step[:, None] + column).clamp_(max=table.num_steps - 1)  # [B, W]
     states = states.to(dtype)
     output = guided(target_output, unconditional_output, guidance_scale, dtype)
+    if previous_x0 is not None:
+        # up to the first rejection the states are settled ones, and so is what the target said of x0 there
+        output, estimate = effective_window(states, output, previous_x0, steps, table)
     noise = normal(seed[:, None], steps, numel, NOISE_STREAM, dtype) if noise is None else noise.to(dtype)
 
     # one test a drafted step; u is looked at up to the first rejection only
@@ -66,4 +70,7 @@ def verify(
     next_state = mean + at_step(table.std, final_step, dtype) * final_noise
     next_state = torch.where(length[:, None] > 0, next_state, states[:, 0])
     advance = torch.where(length > 0, last + 1, 0)
-    return Verification(next_state, advance, rejected, log_ratio, squared_norm)
+    x0 = next_state.new_empty(batch, 0)
+    if previous_x0 is not None:
+        x0 = torch.where(length[:, None] > 0, estimate[row, last], previous_x0.to(dtype))
+    return Verification(next_state, advance, rejected, log_ratio, squared_norm, x0)

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 import free
 from free.cli import main
+from free.demo.run import few_threads
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -37,16 +39,16 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "required"),
         (["dream"], "invalid choice: 'dream'"),
-        (["demo", "--steps", "0"], "0 is not 1 or more"),
-        (["demo", "--steps", "many"], "invalid"),
-        (["demo", "--window", "0"], "0 is not 1 or more"),
-        (["demo", "--window", "wide"], "invalid"),
+        (["demo", "--steps", "0"], "is no int of 1 or more"),
+        (["demo", "--steps", "many"], "is no int of 1 or more"),
+        (["demo", "--window", "0"], "is no int of 1 or more"),
+        (["demo", "--window", "wide"], "is no int of 1 or more"),
         (["demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["calibrate"], "the following arguments are required: --output-dir"),
-        (["compare", "--windows", "0"], "0 is not 1 or more"),
+        (["compare", "--windows", "0"], "is no int of 1 or more"),
         (["compare", "--windows"], "expected at least one argument"),
         (["compare", "--drafters"], "expected at least one argument"),
-        (["compare", "--samples", "0"], "0 is not 1 or more"),
+        (["compare", "--samples", "0"], "is no int of 1 or more"),
         (["compare", "--guidance-scales", "high"], "invalid float value"),
     ],
 )
@@ -60,7 +62,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], message: str, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "1001"], "num_inference_steps is 1001; allowed is 1 … 1000"),
+        (["--steps", "1001"], "num_inference_steps is 1001; allowed is an int, 1 … 1000"),
         (["--drafter", "hold"], "drafter is 'hold'; known are 'hold-x0', 'hold-output'"),
         (["--output", "no/such/folder/x.png"], "no/such/folder"),
         (["--weights", "no-such-folder"], "no digits DiT in 'no-such-folder'"),
@@ -80,8 +82,15 @@ def test_a_wrong_argument_is_exit_code_1_and_one_line(
 
 def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "digits.png"
-    assert main(["demo", "--steps", "20", "--output", str(picture)]) == 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["demo", "--steps", "20", "--output", str(picture)]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     printed = capsys.readouterr().out
+    assert "CPU, 1 thread of 2, as the model is tiny" in printed
     lines = printed.splitlines()
     header = next(line.split() for line in lines if line.strip().startswith("sampler"))
     assert header == ["sampler", "rounds", "efficiency", "forwards", "seconds", "speed-up", "recognised"]
@@ -97,6 +106,20 @@ def test_demo_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest
     assert str(picture) in printed
     assert picture.read_bytes().startswith(PNG)
     assert [file.name for file in tmp_path.iterdir()] == ["digits.png"]
+
+
+def test_a_tiny_model_has_one_thread_and_others_have_all() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), few_threads(torch.nn.Linear(2, 2)):
+            1 // (torch.get_num_threads() - 1)
+        assert torch.get_num_threads() == 2
+        with few_threads(torch.nn.Linear(4000, 4000, device="meta")) as said:
+            assert torch.get_num_threads() == 2
+        assert said == "2 threads"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_calibrate_saves_a_drafter_and_compares_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +200,7 @@ def test_a_calibration_that_cannot_be_is_exit_code_1(
         (["--drafters", "hold"], "drafter is 'hold'; known are 'hold-x0', 'hold-output'"),
         (["--model", "no-such-folder"], "no model in 'no-such-folder'"),
         (["--guidance-scales", "0.5"], "guidance_scales holds 0.5; allowed is 1"),
-        (["--steps", "1001"], "num_inference_steps is 1001; allowed is 1 … 1000"),
+        (["--steps", "1001"], "num_inference_steps is 1001; allowed is an int, 1 … 1000"),
         (["--output", "no/such/folder/x.png"], "no/such/folder"),
         (["--results", "no/such/folder/x.jsonl"], "no/such/folder"),
         (["--variance", "learned"], "model has no learned-variance channels"),

@@ -146,7 +146,7 @@ def test_two_processes_train_one_drafter(folder: Path) -> None:
 def test_a_run_that_cannot_be_is_exit_code_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for changes, message in (
         ({"pretrained_model_name_or_path": "no-such-folder"}, "no model in 'no-such-folder'"),
-        ({"num_inference_steps": 1001}, "num_inference_steps is 1001; allowed is 1 … 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps is 1001; allowed is an int, 1 … 1000"),
         ({"dataset": "photos"}, "the data's samples have shape (3, 32, 32); the model's have (1, 8, 8)"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint is 'nowhere'"),
         ({"window": 1}, "window is 1; allowed is 2 or more"),

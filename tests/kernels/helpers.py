@@ -12,12 +12,17 @@ from free_kernels import StepTable
 SEEDS = torch.tensor([1, -5, 2**45 + 17, 2**63 - 1, -(2**63), 0, 2**32 + 1, 77])
 
 
-def table(steps: int = 20, clip: bool = False) -> StepTable:
-    return ReverseProcess.ddpm(steps, clip_sample=clip).table
+def table(steps: int = 20, clip: bool = False, memory: bool = False) -> StepTable:
+    process = ReverseProcess.ddpm(steps, clip_sample=clip).table
+    # of a random sign and size, with a step in between that has none
+    gain = normal(steps, seed=99) / process.x0_model_coef
+    gain[0] = gain[steps // 2] = 0
+    return process._replace(memory_gain=gain if memory else None)
 
 
 def on(device: torch.device, process: StepTable) -> StepTable:
-    return StepTable(*(column.to(device) for column in process.columns), process.clip_range)
+    gain = None if process.memory_gain is None else process.memory_gain.to(device)
+    return StepTable(*(column.to(device) for column in process.columns), process.clip_range, gain)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -88,9 +88,15 @@ def all_operations(
     ratios = free_kernels.acceptance(states, outputs, outputs + 0.01, seed, step, process, **half)
     general = free_kernels.acceptance_from_means(state, state + 1, state - 1, state[:, 0].abs() + 1, impl=impl)
     reflected = free_kernels.householder(state, state + 1, general.inner, general.squared_norm, impl=impl)
+    second = process._replace(memory_gain=process.std)
+    remembered = free_kernels.verify(*drafted[:-1], second, previous_x0=state, **half)
+    ratios_of_second = free_kernels.acceptance(states, outputs, outputs, seed, step, second, previous_x0=state, **half)
+    drafts_of_second = free_kernels.propose(*window[:-1], second, previous_x0=state, impl=impl)
+    steps_of_second = free_kernels.posterior_with_memory(state, outputs[:, 0], state * 0.5, seed, step, second, impl=impl)
     words = free_kernels.philox(seed, step, 2, impl=impl)
     noise, test = free_kernels.normal(seed, step, 5, impl=impl), free_kernels.uniform(seed, step, impl=impl)
-    return (*plain, *proposal, *exact, *verified, state, *ratios, *general, reflected, words, noise, test)
+    of_second = (*remembered, *ratios_of_second, *drafts_of_second, *steps_of_second)
+    return (*plain, *proposal, *exact, *verified, state, *ratios, *general, reflected, words, noise, test, *of_second)
 
 
 def arguments(device: torch.device) -> tuple[Any, ...]:
@@ -127,9 +133,24 @@ def test_registered_operations_keep_their_promises(device: torch.device) -> None
 
     states, outputs, seed, step, process = arguments(device)
     columns = list(mean_columns(process))
-    for tau in (None, states[..., 0].sigmoid()):
+    for tau, previous_x0 in ((None, None), (states[..., 0].sigmoid(), None), (None, states[:, 0])):
         torch.library.opcheck(
             kernel._verify_op,
-            (states, outputs, outputs[:, 1:], seed, step, step + 1, columns, None, outputs, 1.5, None, None, tau),
+            (
+                states,
+                outputs,
+                outputs[:, 1:],
+                seed,
+                step,
+                step + 1,
+                columns,
+                None,
+                outputs,
+                1.5,
+                None,
+                None,
+                tau,
+                previous_x0,
+            ),
             test_utils=("test_schema", "test_faketensor"),
         )

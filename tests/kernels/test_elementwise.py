@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from free_kernels import HOLD_DRAFTS, StepTable, householder, normal, posterior, propose
+from free_kernels import HOLD_DRAFTS, StepTable, householder, normal, posterior, posterior_with_memory, propose
 from tests.kernels import helpers
 from tests.kernels.helpers import LAYOUTS, SEEDS, assert_accurate, laid_out, on, table
 
@@ -137,6 +137,29 @@ def test_householder_of_half_precisions(device: torch.device, dtype: torch.dtype
     assert_accurate([got], [plain], [exact])
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("numel", [1, 1030])
+def test_posterior_of_second_order(device: torch.device, dtype: torch.dtype, numel: int) -> None:
+    state, previous, noise = (helpers.normal(4, numel, seed=i) for i in (0, 1, 2))
+    output, unconditional = (helpers.normal(4, numel, seed=i).to(dtype) for i in (3, 4))
+    step, process = torch.tensor([0, 7, 10, 25]), table(memory=True)
+
+    def call(impl: str, to: torch.device, exact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        moved = [values.to(to) for values in (state, output, previous, SEEDS[:4], step)]
+        return posterior_with_memory(
+            moved[0].double() if exact else moved[0],
+            *moved[1:],
+            on(to, process),
+            unconditional_output=unconditional.to(to),
+            guidance_scale=1.5,
+            noise=noise.to(to),
+            impl=impl,
+        )
+
+    cpu = torch.device("cpu")
+    assert_accurate(call("triton", device), call("reference", cpu), call("reference", cpu, exact=True))
+
+
 def check_propose(
     device: torch.device,
     process: StepTable,
@@ -157,6 +180,7 @@ def check_propose(
     outputs, unconditional = (helpers.normal(batch, anchors, numel, seed=i).to(dtype) for i in (2, 3))
     noise = helpers.normal(batch, window, numel, seed=4) if stored else None
     correction = helpers.normal(batch, window + 1, numel, seed=5).to(dtype) if corrected else None
+    previous_x0 = helpers.normal(batch, numel, seed=6) if process.memory_gain is not None else None
     # what was not evaluated is not read
     for values in (states, outputs, unconditional):
         for row, length in enumerate(anchor_length.tolist()):
@@ -181,6 +205,7 @@ def check_propose(
             guidance_scale=scale,
             noise=None if noise is None else moved(noise),
             correction=None if correction is None else moved(correction),
+            previous_x0=None if previous_x0 is None else moved(previous_x0[:, None])[:, 0],
             impl=impl,
         )
 
@@ -194,6 +219,14 @@ def check_propose(
 @pytest.mark.parametrize(("dtype", "clip"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)])
 def test_propose(device: torch.device, draft: str, dtype: torch.dtype, clip: bool) -> None:
     check_propose(device, table(20, clip), 37, 4, draft, dtype, scale=1.5)
+
+
+@pytest.mark.parametrize("draft", HOLD_DRAFTS)
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_propose_of_second_order(device: torch.device, draft: str, corrected: bool, dtype: torch.dtype) -> None:
+    check_propose(device, table(memory=True), 37, 4, draft, dtype, scale=1.5, corrected=corrected)
+    check_propose(device, table(memory=True), 5, 1, draft, dtype)
 
 
 @pytest.mark.parametrize("draft", HOLD_DRAFTS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from free_kernels import Acceptance, StepTable, Verification, acceptance, acceptance_from_means, normal, uniform, verify
+from free_kernels.posterior.reference import effective_window
 from tests.kernels import helpers
 from tests.kernels.helpers import LAYOUTS, SEEDS, assert_accurate, laid_out, on, table
 
@@ -31,6 +32,7 @@ class Window:
     noise: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
     tau: torch.Tensor | None = None
+    previous_x0: torch.Tensor | None = None
 
     def verify(
         self, impl: str, device: torch.device = CPU, layout: str = "contiguous", dtype: torch.dtype = torch.float32
@@ -51,6 +53,7 @@ class Window:
             noise=moved(self.noise),
             uniforms=moved(self.uniforms),
             tau=moved(self.tau),
+            previous_x0=None if self.previous_x0 is None else moved(self.previous_x0[:, None])[:, 0],
             impl=impl,
         )
 
@@ -72,9 +75,10 @@ def make_window(
     clip: bool = False,
     steps: int = 20,
     seed: int = 0,
+    memory: bool = False,
 ) -> Window:
     """A draft that differs from the target by ``gap`` standard deviations of a step, all together."""
-    process = table(steps, clip)
+    process = table(steps, clip, memory)
     first = torch.arange(batch) * 5 % steps
     states, target = (helpers.normal(batch, window, numel, seed=seed + i) for i in (1, 2))
     target = target.to(dtype)
@@ -82,6 +86,9 @@ def make_window(
     scale = 1.5 if guided else 1.0
     combined = target.float() if unconditional is None else unconditional + scale * (target.float() - unconditional)
     at = (first[:, None] + torch.arange(window)).clamp(max=steps - 1)
+    previous_x0 = helpers.normal(batch, numel, seed=seed + 5) if memory else None
+    if previous_x0 is not None:
+        combined, _ = effective_window(states, combined, previous_x0, at, process)
     std = (process.std / process.model_coef)[at].unsqueeze(-1)
     direction = helpers.normal(batch, window, numel, seed=seed + 4)
     draft = combined + gap * std * direction / direction.norm(dim=-1, keepdim=True)
@@ -95,6 +102,7 @@ def make_window(
         process,
         unconditional,
         scale,
+        previous_x0=previous_x0,
     )
 
 
@@ -109,8 +117,36 @@ def test_verify(device: torch.device, dtype: torch.dtype, clip: bool) -> None:
     make_window(batch=4, dtype=dtype, guided=True, clip=clip).check(device)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_verify_of_second_order(device: torch.device, dtype: torch.dtype, guided: bool) -> None:
+    """Rejected at the first column, later, and not at all: each takes its x0 from another place."""
+    window = make_window(6, 4, gap=0.0, dtype=dtype, guided=guided, memory=True)
+    window.draft[0, 0] += 1e3
+    window.draft[1, 1] += 1e3
+    window = replace(window, length=torch.tensor([4, 4, 1, 0, 3, 4]))
+    got = window.check(device)
+    assert got.advance.tolist() == [1, 2, 1, 0, 3, 4]
+    assert torch.equal(got.x0[3], window.previous_x0[3])
+    shown = replace(window, states=window.states.clone())
+    for row, advance in enumerate(got.advance.tolist()):  # nothing beyond the settled steps is looked at
+        shown.states[row, max(advance, 1) :] = torch.nan
+    again = shown.verify("triton", device)
+    assert torch.equal(again.x0.cpu(), got.x0)
+    assert torch.equal(again.next_state.cpu(), got.next_state)
+
+
+@pytest.mark.parametrize(("window", "numel"), [(1, 37), (2, 1), (3, 1025)])
+def test_verify_of_second_order_of_any_size(device: torch.device, window: int, numel: int) -> None:
+    made = make_window(2, window, numel, memory=True)
+    made.check(device)
+    if window > 1:
+        check_acceptance(device, made)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_verify_reads_any_strides(device: torch.device, layout: str) -> None:
+    replace(make_window(numel=21, guided=True, memory=True), tau=uniformly(3, 4)).check(device, layout)
     window = make_window(numel=21, guided=True)
     window = replace(window, noise=helpers.normal(*window.states.shape, seed=9), uniforms=uniformly(3, 5))
     window = replace(window, tau=uniformly(3, 4, seed=1))
@@ -296,6 +332,7 @@ def check_acceptance(device: torch.device, window: Window, layout: str = "contig
             unconditional_output=moved(window.unconditional),
             guidance_scale=window.scale,
             noise=moved(window.noise),
+            previous_x0=None if window.previous_x0 is None else window.previous_x0.to(to),
             impl=impl,
         )
 

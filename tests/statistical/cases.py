@@ -1,4 +1,4 @@
-"""Configurations of :func:`free.speculative_sample` whose chains are looked at, and the drafters that only tests use."""
+"""Configurations of :func:`free.speculative_sample` whose chains are looked at, and how they are made."""
 
 from __future__ import annotations
 
@@ -12,94 +12,25 @@ from typing import Any
 import torch
 
 import free
-from free.drafters import Anchor, Situation, StepDrafter
 from free.sampling.relaxation import DraftedSteps
-from tests.analytic import CliffTarget, GaussianTarget, MixtureTarget, ShiftedModel, VelocityTarget, turning_direction
+from tests.analytic import (
+    CliffTarget,
+    GaussianTarget,
+    MixtureTarget,
+    ShiftedModel,
+    VelocityTarget,
+    signal_level,
+)
 from tests.featured import WIDTH, FeaturedTarget, feature_drafter
-from tests.statistical.laws import unit
+from tests.statistical.drafters import (
+    CliffDrafter,
+    FeatureLeaningDrafter,
+    LeaningDrafter,
+    RememberingDrafter,
+    UnevenDrafter,
+)
 
 DIM = 6
-
-
-class LeaningDrafter(StepDrafter):
-    """A legal draft that leans on the anchor as hard as it can: |delta| = 1.5 from here towards the anchor's state.
-
-    An anchor at step k+1 lies where the noise of step k threw it, and this draft would point along that noise.
-    """
-
-    name = "leaning"
-
-    def __init__(self, model: Callable[..., torch.Tensor], norm: float = 1.5) -> None:
-        self.model, self.norm = model, norm
-
-    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
-        process = situation.process
-        output = self.model(state, process.timestep[step], **self.conditioning(situation))
-        towards = self.towards(situation.anchor(step), state, output)
-        towards = torch.where(towards.norm(dim=-1, keepdim=True) > 1e-6, towards, turning_direction(state))
-        scale = self.gap(situation) * (process.std / process.model_coef)[step]
-        return output + scale[:, None] * unit(towards)
-
-    def conditioning(self, situation: Situation) -> dict[str, Any]:
-        return situation.conditioning
-
-    def towards(self, anchor: Anchor, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """[B, D], from the state and the target's output there."""
-        return anchor.state - state
-
-    def gap(self, situation: Situation) -> torch.Tensor:
-        """|delta| of each sample's drafts, [B]."""
-        return torch.full_like(situation.state[:, 0], self.norm)
-
-
-class FeatureLeaningDrafter(LeaningDrafter):
-    """The same, from the target's output here towards the one that the anchor's feature tells of."""
-
-    name = "leaning on the feature"
-    needs_features = True
-
-    def __init__(self, model: Callable[..., torch.Tensor]) -> None:
-        super().__init__(model)
-        self.decode = torch.linalg.pinv(FeaturedTarget(model).projection)  # [WIDTH, D]
-
-    def conditioning(self, situation: Situation) -> dict[str, Any]:
-        return {}  # the label, which the model inside does not know of
-
-    def towards(self, anchor: Anchor, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        assert anchor.feature is not None
-        return anchor.feature.flatten(1) @ self.decode.to(state) - output
-
-
-class UnevenDrafter(LeaningDrafter):
-    """The same for every other key, and the target itself for those between: neighbours in a batch are soon far apart."""
-
-    name = "uneven"
-
-    def gap(self, situation: Situation) -> torch.Tensor:
-        return self.norm * (situation.seed % 2).to(situation.state)
-
-
-class CliffDrafter(StepDrafter):
-    """A legal draft that tells how fresh its anchor is, and a path that ends at the edge of the target's cliff.
-
-    The first draft of a window is 1.5 off, to one side from an anchor of its own step and to the other from an older one.
-    The next have their means on the edge, so that the noise of the step decides whether the target overflows at the state it
-    leads to. A sampler that lets go of an anchor for what a later state of its window was lets that noise pick the side.
-    """
-
-    name = "over the cliff"
-
-    def __init__(self, model: CliffTarget) -> None:
-        self.model = model
-
-    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
-        process = situation.process
-        output = self.model(state, process.timestep[step], **situation.conditioning)
-        fresh = situation.anchor(step).step == step
-        side = torch.where(fresh, 1.5, -1.5) * (process.std / process.model_coef)[step]
-        edge = (self.model.cliff - process.state_coef[step] * state[:, 0]) / process.model_coef[step]
-        output[:, 0] = torch.where(step == situation.step, output[:, 0] + side, edge)
-        return output
 
 
 @dataclass(frozen=True)
@@ -118,6 +49,8 @@ class Case:
     """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
     table: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of :meth:`free.ReverseProcess.ddpm`."""
+    second_order: bool = False
+    """DPM-Solver++ 2M's SDE over the same timesteps, instead of DDPM."""
     calls: int = 1
     """Calls of the sampler that the samples are spread over."""
     centers: int = 0
@@ -143,6 +76,10 @@ def centers(case: Case) -> torch.Tensor | None:
 
 
 def make_process(case: Case) -> free.ReverseProcess:
+    if case.second_order:
+        timestep = free.ReverseProcess.ddpm(case.steps).timestep
+        signal = torch.cat((signal_level(timestep), torch.ones(1)))
+        return free.ReverseProcess.from_levels(signal.sqrt(), (1 - signal).sqrt(), timestep, order=2, initial_std=1.0)
     clipping = {} if case.clip is None else {"clip_sample": True, "clip_sample_range": case.clip}
     return free.ReverseProcess.ddpm(case.steps, **clipping, **case.table)
 
@@ -171,6 +108,7 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: s
         "shifted": lambda: ShiftedModel(model, process),
         "twice shifted": lambda: ShiftedModel(model, process, 2.0),
         "leaning": lambda: LeaningDrafter(model),
+        "remembering": lambda: RememberingDrafter(model),
         "leaning on the feature": lambda: FeatureLeaningDrafter(model),
         "uneven": lambda: UnevenDrafter(model),
         "over the cliff": lambda: CliffDrafter(model),
@@ -181,6 +119,7 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: s
         "the paper's, untrained": lambda: feature_drafter(None, 0).to(device),
         "feature, trained": lambda: copy.deepcopy(trained_drafter(case.target, case.steps)).to(device),
         "fresh hold-x0": lambda: free.Fresh(free.HoldX0()),
+        "fresh gains": lambda: free.Fresh(free.Gains()),
     }
     return makers[case.drafter]() if case.drafter in makers else case.drafter
 
@@ -235,6 +174,16 @@ CASES: dict[str, Case] = {
     "ill-conditioned, shifted, W=4": Case("ill-conditioned", "shifted", 4, seed=11),
     "mixture, hold-x0, W=4, clipped": Case("mixture", "hold-x0", 4, clip=0.8, seed=12),
     "mixture, shifted, W=8, clipped": Case("mixture", "shifted", 8, clip=0.8, seed=13),
+    "gaussian, gains, W=4": Case("gaussian", "gains", 4, seed=40),
+    "gaussian, remembering, W=4": Case("gaussian", "remembering", 4, seed=46),
+    "gaussian, gains, W=8, guided": Case("gaussian", "gains", 8, guidance_scale=2.0, seed=41),
+    "gaussian, gains, W=8, given variance, 0 at step 6": Case(
+        "gaussian", "gains", 8, steps=12, table={"variance": uneven_variance(12, 6)}, seed=42
+    ),
+    "gaussian, fresh gains, W=4": Case("gaussian", "fresh gains", 4, seed=43),
+    "mixture, gains, W=8, clipped": Case("mixture", "gains", 8, clip=0.8, seed=44),
+    "ill-conditioned, gains, W=8": Case("ill-conditioned", "gains", 8, steps=20, samples=6000, seed=45),
+    "gaussian, second order, gains, W=4": Case("gaussian", "gains", 4, seed=47, second_order=True),
     "gaussian, linear, W=4": Case("gaussian", "linear", 4, seed=14, shape=(1, 2, 3)),
     "gaussian, linear, W=8, guided": Case("gaussian", "linear", 8, guidance_scale=2.0, seed=15),
     "mixture, linear, W=8, clipped": Case("mixture", "linear", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
@@ -271,6 +220,23 @@ CASES: dict[str, Case] = {
     "gaussian, uneven, W=4, two by two": Case("gaussian", "uneven", 4, steps=48, samples=60, calls=30, seed=39),
     "gaussian, leaning on the feature, W=4": Case(
         "gaussian", "leaning on the feature", 4, seed=42, shape=FeaturedTarget.sample_shape
+    ),
+    "gaussian, second order, hold-x0, W=4": Case("gaussian", "hold-x0", 4, 20_000, seed=23, second_order=True),
+    "gaussian, second order, hold-x0, W=16": Case("gaussian", "hold-x0", 16, 20_000, 20, seed=24, second_order=True),
+    "gaussian, second order, shifted, W=4": Case("gaussian", "shifted", 4, seed=25, second_order=True),
+    "gaussian, second order, hold-output, W=4, guided": Case(
+        "gaussian", "hold-output", 4, guidance_scale=2.0, seed=26, second_order=True
+    ),
+    "mixture, second order, linear, W=8": Case("mixture", "linear", 8, 6000, 15, seed=27, second_order=True),
+    "mixture, second order, one sweep, W=8": Case(
+        "mixture",
+        "feature, untrained, one sweep",
+        8,
+        3000,
+        15,
+        seed=28,
+        second_order=True,
+        shape=FeaturedTarget.sample_shape,
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import free
-from free.drafters import Drafter, Situation
+from free.drafters import Drafter, LastWindow, Situation
 from free_kernels import LATENT_STREAM, normal
 from tests.featured import FeaturedTarget
 from tests.statistical import laws
@@ -37,6 +37,12 @@ class Recorder(Drafter):
 
     def check(self, target: free.Target) -> None:
         self.drafter.check(target)
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
+        return self.drafter.begin(last, sample_shape)
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        return self.drafter.remember(situation, window)
 
     def propose(self, situation: Situation) -> Any:
         proposal = self.drafter.propose(situation)
@@ -114,6 +120,7 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
             null = model(trajectory[:, k], timestep)
             target_output[:, k] = null + case.guidance_scale * (target_output[:, k] - null)
     steps = torch.arange(last + 1, device=device).expand(count, last + 1)
+    target_output = effective(process, trajectory[:, :-1], target_output)
     mean = exact_mean(process, steps, trajectory[:, :-1], target_output)
     error = trajectory[:, 1:] - mean
 
@@ -134,6 +141,18 @@ def run_chain(case: Case, impl: str = "reference", device: str = "cpu") -> Chain
         delta,
         *(settled[:, noisy] for settled in (tested, accepted, redrafted)),
     )
+
+
+def effective(process: free.ReverseProcess, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The outputs [n, S, D] as they stand in the mean of a process of second order; those of first order as they are."""
+    if process.memory is None:
+        return output
+    memory, of_state, of_model = (
+        column.to(states)[:, None] for column in (process.memory, process.x0_state_coef, process.x0_model_coef)
+    )
+    x0 = of_state * states + of_model * output
+    change = torch.cat((torch.zeros_like(x0[:, :1]), x0[:, 1:] - x0[:, :-1]), 1)
+    return output + memory / of_model * change
 
 
 def _settled_drafts(

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 
 from free_kernels import NOISE_STREAM
-
-
-@contextmanager
-def replaced(module: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Puts ``make(original)`` wherever the package has bound ``module.name``, under whatever name and in whatever module."""
-    original = getattr(importlib.import_module(module), name)
-    planted = functools.wraps(original)(make(original))
-    with ExitStack() as patches:
-        for loaded in list(sys.modules.values()):
-            if getattr(loaded, "__name__", "").split(".")[0] not in ("free", "free_kernels"):
-                continue
-            for bound, value in list(vars(loaded).items()):
-                if value is original:
-                    patches.enter_context(mock.patch.object(loaded, bound, planted))
-        yield
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A bug that the checks must see."""
-
-    plant: Callable[[], Any]
-    """Makes a context manager within which the bug is in the package."""
-    checks: tuple[str, ...]
-    """Of ``tests.statistical.checks.CHECKS``; one has to reject at the budget, all of them are run."""
+from tests.statistical.planting import Mutation, method, replaced, within
 
 
 def _final_noise(
@@ -163,29 +136,6 @@ def _unguided() -> Any:
     return replaced("free_kernels.verify.reference", "verify", make)
 
 
-def _method(where: str, name: str, planted: Callable[..., Any]) -> Callable[[], Any]:
-    """Puts ``planted`` in the place of a method of the class at ``where`` ("module:class")."""
-    module, _, owner = where.partition(":")
-    return lambda: mock.patch.object(getattr(importlib.import_module(module), owner), name, planted)
-
-
-@contextmanager
-def _within(module: str, owner: str, method: str, **changed: Any) -> Iterator[None]:
-    """While ``owner.method`` runs, methods of tensors are others."""
-    cls = getattr(importlib.import_module(module), owner)
-    original = getattr(cls, method)
-
-    @functools.wraps(original)
-    def planted(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as patches:
-            for name, change in changed.items():
-                patches.enter_context(mock.patch.object(torch.Tensor, name, change))
-            return original(*args, **kwargs)
-
-    with mock.patch.object(cls, method, planted):
-        yield
-
-
 def _finite_or_nothing() -> Any:
     """The anchors of a window are usable if all its states are finite: the later ones have seen the noise of the drafts."""
 
@@ -273,6 +223,71 @@ def _rows_left_behind() -> Any:
     return mock.patch.object(live, "keep", planted)
 
 
+def _memory(change: Callable[..., Any]) -> Callable[[], Any]:
+    """A bug in what verification of a process of second order remembers: ``change(original, arguments by name)``."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def planted(*args: Any, **kwargs: Any) -> Any:
+            call = inspect.signature(original).bind(*args, **kwargs).arguments
+            return original(**call) if call["previous_x0"] is None else change(original, call)
+
+        return planted
+
+    return lambda: replaced("free_kernels.verify.reference", "verify", make)
+
+
+def _estimates(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The steps of a window [B, W], the target's guided outputs there, and what they say of x0."""
+    reference = importlib.import_module("free_kernels.posterior.reference")
+    states, table = call["states"], call["table"]
+    steps = (call["step"][:, None] + torch.arange(states.shape[1])).clamp(max=table.num_steps - 1)
+    output = reference.guided(call["target_output"], call["unconditional_output"], call["guidance_scale"], states.dtype)
+    return steps, output, reference.x0_estimate(states, output, steps, table)
+
+
+def _memory_of_the_draft(original: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """Within a window the change of x0 is taken from what was drafted at the step before, not from its evaluation."""
+    reference = importlib.import_module("free_kernels.posterior.reference")
+    steps, output, x0 = _estimates(call)
+    drafted = reference.x0_estimate(call["states"][:, :-1], call["draft_output"], steps[:, :-1], call["table"])
+    before = torch.cat((call["previous_x0"][:, None], drafted), 1)
+    output = output + reference.at_step(call["table"].memory_gain, steps, x0.dtype) * (x0 - before)
+    given = {"target_output": output, "unconditional_output": None, "guidance_scale": 1.0, "previous_x0": None}
+    outcome = original(**{**call, **given, "table": call["table"]._replace(memory_gain=None)})
+    return outcome._replace(x0=x0[torch.arange(len(x0)), (outcome.advance - 1).clamp(min=0)])
+
+
+def _memory_of_the_next_step(original: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """After a rejection the x0 estimate of the abandoned state is remembered, one step too far."""
+    outcome, (_, _, x0) = original(**call), _estimates(call)
+    row, last = torch.arange(len(x0)), x0.shape[1] - 1
+    later = x0[row, outcome.advance.clamp(max=last)]
+    return outcome._replace(x0=torch.where(outcome.rejected[:, None], later, outcome.x0))
+
+
+def _knowledge(change: Callable[[inspect.BoundArguments, Callable[..., Any]], Any]) -> Callable[[], Any]:
+    """A bug in what a window teaches of the gains: ``change(the call's arguments, original)``."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: change(inspect.signature(original).bind(*args), original)
+
+    return lambda: replaced("free_kernels.learn_gains.reference", "learn_gains", make)
+
+
+def _learned_ahead(call: inspect.BoundArguments, original: Callable[..., Any]) -> Any:
+    """The draft of step k has absorbed the evaluation at k+1, which has seen the noise of step k."""
+    states, x0, sums = original(*call.args)
+    return states, x0, torch.cat((sums[:, 1:], sums[:, -1:]), 1)
+
+
+def _learned_abandoned(call: inspect.BoundArguments, original: Callable[..., Any]) -> Any:
+    """The sums go on from the end of the last window, though its last steps were abandoned and are drafted again."""
+    sums, length = call.arguments["known_sums"], call.arguments["known_length"]
+    end = sums[torch.arange(len(sums)), length - 1]
+    call.arguments["known_sums"] = end[:, None].expand_as(sums)
+    return original(*call.args)
+
+
 _PLAIN, _SHIFTED = "one step, plain", "chain: gaussian, shifted, W=4"
 _BOTH = (_PLAIN, _SHIFTED)
 
@@ -311,15 +326,29 @@ MUTATIONS: dict[str, Mutation] = {
     "anchor at step k+1, Situation.anchor": Mutation(
         _later_anchor("free.drafters.base"), ("chain: gaussian, leaning, W=4", "chain: gaussian, linear, W=4")
     ),
+    "anchor at step k+1, gains": Mutation(
+        _later_anchor("free_kernels.gain_correction.reference"),
+        ("chain: gaussian, gains, W=4", "chain: ill-conditioned, gains, W=8"),
+    ),
+    "gains learned from step k+1": Mutation(_knowledge(_learned_ahead), ("chain: gaussian, remembering, W=4",)),
+    "gains learned from abandoned steps": Mutation(_knowledge(_learned_abandoned), ("chain: gaussian, remembering, W=4",)),
     "timestep off by one": Mutation(_later_timestep, (_SHIFTED, "chain: mixture, hold-x0, W=4")),
     "delta of x0 not clamped": Mutation(_unclipped_delta, ("one step, clipped", "chain: mixture, shifted, W=8, clipped")),
+    "memory from the draft": Mutation(
+        _memory(_memory_of_the_draft),
+        ("chain: gaussian, second order, shifted, W=4", "chain: gaussian, second order, hold-x0, W=16"),
+    ),
+    "memory of the abandoned step": Mutation(
+        _memory(_memory_of_the_next_step),
+        ("chain: gaussian, second order, shifted, W=4", "chain: gaussian, second order, hold-x0, W=4"),
+    ),
     "guidance left out of verification": Mutation(_unguided, ("one step, guided", "chain: gaussian, hold-x0, W=4, guided")),
     "anchors only if all are finite": Mutation(_finite_or_nothing, ("chain: cliff, over the cliff, W=3",)),
     "latents are the noise of step 0": Mutation(_latents_of_step_0, ("chain: gaussian, leaning, W=4",)),
     "keys of a batch are seed + i": Mutation(_counted_keys, ("keys of a seed",)),
     "feature of the anchor at step k+1": Mutation(_later_feature, ("chain: gaussian, leaning on the feature, W=4",)),
     "noise refilled only if all rows need it": Mutation(
-        lambda: _within("free.sampling.noise", "NoiseWindow", "reach", any=torch.Tensor.all),
+        lambda: within("free.sampling.noise", "NoiseWindow", "reach", any=torch.Tensor.all),
         ("chain: gaussian, uneven, W=4, two by two",),
     ),
     "conditioning of another sample": Mutation(_rows_of_another, ("chain: gaussian, leaning, W=4, rows of their own",)),
@@ -327,21 +356,21 @@ MUTATIONS: dict[str, Mutation] = {
         _rows_left_behind, ("chain: gaussian, hold-x0, W=4, guided, rows of their own",)
     ),
     "budget spent by each test anew": Mutation(
-        lambda: _within("free.sampling.relaxation", "Ledger", "tau", cumsum=lambda values, dim: values),
+        lambda: within("free.sampling.relaxation", "Ledger", "tau", cumsum=lambda values, dim: values),
         ("certificate: within a budget",),
     ),
     "divergence without its third moment": Mutation(_two_moments, ("certificate: tau 0.02",)),
     "a pilot of the samples' own keys": Mutation(
-        _method("free.sampling.request:Request", "pilot", lambda request: request), ("keys: a plan of the same seed",)
+        method("free.sampling.request:Request", "pilot", lambda request: request), ("keys: a plan of the same seed",)
     ),
     "a plan that forgot whose noise it has seen": Mutation(
-        _method("free.windows:WindowPlan", "keys", property(lambda plan: frozenset(), lambda plan, keys: None)),
+        method("free.windows:WindowPlan", "keys", property(lambda plan: frozenset(), lambda plan, keys: None)),
         ("keys: a plan of statistics",),
     ),
     "auto remembers the same key": Mutation(
-        _method("free.windows:Experience", "admit", lambda experience, keys: True), ("keys: auto twice",)
+        method("free.windows:Experience", "admit", lambda experience, keys: True), ("keys: auto twice",)
     ),
     "auto pools rows of one key": Mutation(
-        _method("free.windows:AutoWindow", "fixed", lambda schedule, batch: schedule), ("keys: auto, a key in two rows",)
+        method("free.windows:AutoWindow", "fixed", lambda schedule, batch: schedule), ("keys: auto, a key in two rows",)
     ),
 }

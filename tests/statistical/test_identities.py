@@ -17,11 +17,15 @@ SEEDS = [5, 2**41 + 3, -17, 6, 1234567, 2**63 - 1, 0]
 SHAPES = [(6,), (2, 3, 4), (301,)]
 LARGE = (4, 32, 32)
 """Large enough for torch to split a reduction or a loop among threads."""
+FORMS = ["plain", "clipped", "second order"]
 DRAFTERS = ["hold-x0", "hold-output", "shifted"]
 
 
-def make_process(clip: bool = False) -> free.ReverseProcess:
-    return free.ReverseProcess.ddpm(STEPS, clip_sample=clip)
+def make_process(form: str = "plain") -> free.ReverseProcess:
+    if form == "second order":
+        angle = torch.linspace(1.5, 0.0, STEPS + 1, dtype=torch.float64)
+        return free.ReverseProcess.from_levels(angle.cos(), angle.sin(), free.ReverseProcess.ddpm(STEPS).timestep, order=2)
+    return free.ReverseProcess.ddpm(STEPS, clip_sample=form == "clipped")
 
 
 def make_drafter(name: str, process: free.ReverseProcess) -> object:
@@ -43,11 +47,11 @@ def assert_same(first: free.SamplingOutput, second: free.SamplingOutput, rows: l
     assert torch.equal(first.samples[rows], second.samples)
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [2, 4, 8])
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 4), LARGE])
-def test_a_drafter_that_is_the_target_is_always_accepted(shape: tuple[int, ...], window: int, clip: bool) -> None:
-    model, process = ElementwiseTarget(), make_process(clip)
+def test_a_drafter_that_is_the_target_is_always_accepted(shape: tuple[int, ...], window: int, form: str) -> None:
+    model, process = ElementwiseTarget(), make_process(form)
     arguments = {"process": process, "shape": shape, "seed": SEEDS, "return_trajectory": True}
     ancestral = free.ancestral_sample(model, **arguments)
     output = free.speculative_sample(model, ElementwiseTarget(), window=window, **arguments)
@@ -58,11 +62,11 @@ def test_a_drafter_that_is_the_target_is_always_accepted(shape: tuple[int, ...],
     assert_same(ancestral, output)
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_window_of_one_is_the_ancestral_sampler(shape: tuple[int, ...], drafter: str, clip: bool) -> None:
-    model, process = ElementwiseTarget(), make_process(clip)
+def test_a_window_of_one_is_the_ancestral_sampler(shape: tuple[int, ...], drafter: str, form: str) -> None:
+    model, process = ElementwiseTarget(), make_process(form)
     arguments = {"process": process, "shape": shape, "seed": SEEDS, "return_trajectory": True}
     output = free.speculative_sample(model, make_drafter(drafter, process), window=1, **arguments)
     assert (output.stats.rounds == STEPS).all()
@@ -73,8 +77,11 @@ def test_a_window_of_one_is_the_ancestral_sampler(shape: tuple[int, ...], drafte
     ("shape", "drafter", "guidance_scale"),
     [*itertools.product(SHAPES, DRAFTERS, [1.0, 2.0]), (LARGE, "hold-x0", 1.0), (LARGE, "shifted", 2.0)],
 )
-def test_a_sample_does_not_depend_on_its_batch(shape: tuple[int, ...], drafter: str, guidance_scale: float) -> None:
-    process = make_process()
+@pytest.mark.parametrize("form", ["plain", "second order"])
+def test_a_sample_does_not_depend_on_its_batch(
+    shape: tuple[int, ...], drafter: str, guidance_scale: float, form: str
+) -> None:
+    process = make_process(form)
     scale = torch.linspace(0.5, 1.5, len(SEEDS)).view(-1, *(1,) * len(shape)).expand(-1, *shape).contiguous()
     null = {"scale": torch.ones(shape)}
     model = free.as_target(ElementwiseTarget(), null_conditioning=null)

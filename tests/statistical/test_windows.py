@@ -42,7 +42,7 @@ def assert_law(samples: torch.Tensor) -> None:
     assert not failed, failed
 
 
-@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output", "gains"])
 def test_a_plan(drafter: str) -> None:
     plan = free.WindowPlan(np.array([3, 1, 5, 2, 4, 1, 6, 3, 2, 1]))
     out = free.speculative_sample(TARGET, drafter, shape=(6,), process=PROCESS, num_samples=SAMPLES, seed=5, window=plan)
@@ -50,7 +50,7 @@ def test_a_plan(drafter: str) -> None:
     assert_law(out.samples)
 
 
-@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output", "gains"])
 def test_windows_that_follow_what_was_settled(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Fickle()
     monkeypatch.setattr(free.sampling.samplers, "auto_window", lambda setup, graphs: schedule)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -40,12 +43,12 @@ def both(*cases: tuple[dict[str, Any], str]) -> Any:
 
 @both(
     ({"impl": "cuda"}, r"impl is 'cuda'; known are 'auto', 'triton', 'reference'"),
-    ({"num_inference_steps": 0}, r"num_inference_steps is 0; allowed is 1 … 1000"),
-    ({"num_inference_steps": -3}, r"num_inference_steps is -3; allowed is 1 … 1000"),
-    ({"num_inference_steps": 1001}, r"num_inference_steps is 1001; allowed is 1 … 1000"),
+    ({"num_inference_steps": 0}, r"num_inference_steps is 0; allowed is an int, 1 … 1000"),
+    ({"num_inference_steps": -3}, r"num_inference_steps is -3; allowed is an int, 1 … 1000"),
+    ({"num_inference_steps": 1001}, r"num_inference_steps is 1001; allowed is an int, 1 … 1000"),
     ({"num_inference_steps": 12.0}, r"num_inference_steps is 12\.0; allowed is an int"),
     ({"num_inference_steps": True}, r"num_inference_steps is True; allowed is an int"),
-    ({"process": DDIMScheduler(100), "num_inference_steps": 101}, r"num_inference_steps is 101; allowed is 1 … 100"),
+    ({"process": DDIMScheduler(100), "num_inference_steps": 101}, r"num_inference_steps is 101; allowed is an int, 1 … 100"),
     ({"process": ReverseProcess.ddpm(7)}, r"num_inference_steps is 12; process has 7 steps: leave it out"),
     ({"process": "ddpm"}, r"scheduler is a str; allowed are DDPMScheduler, DDIMScheduler, .*or a free.ReverseProcess"),
     ({"num_samples": 0}, r"num_samples is 0; allowed is an int, 1 or more"),
@@ -116,7 +119,10 @@ def test_samplers(model: Recorder, sample: Callable[..., Any], given: dict[str, 
         ({"window": -4}, r"window is -4; allowed is an int, 1 or more"),
         ({"window": 2.0}, r"window is 2\.0; allowed is an int, 1 or more"),
         ({"window": True}, r"window is True; allowed is an int, 1 or more"),
-        ({"drafter": "hold"}, r"drafter is 'hold'; known are 'hold-x0', 'hold-output', or a Drafter, or a model"),
+        (
+            {"drafter": "hold"},
+            r"drafter is 'hold'; known are 'hold-x0', 'hold-output', a drafter's folder, or a Drafter, or a model",
+        ),
         ({"drafter": ""}, r"drafter is ''; known are 'hold-x0', 'hold-output'"),
     ],
 )
@@ -165,7 +171,7 @@ def idle_dit(dit: DiTTransformer2DModel) -> Iterator[DiTTransformer2DModel]:
     ({"class_labels": [0, 5]}, r"class_labels holds 5; allowed are 0 … 4 \(None is the null class\)"),
     ({"class_labels": [-1]}, r"class_labels holds -1; allowed are 0 … 4"),
     ({"class_labels": 7}, r"class_labels holds 7; allowed are 0 … 4"),
-    ({"class_labels": []}, r"class_labels has dtype torch\.float32 and shape \(0,\); allowed are integers"),
+    ({"class_labels": []}, r"class_labels is empty; allowed is one label a sample, or None"),
     ({"class_labels": torch.zeros(0, dtype=torch.int64)}, r"class_labels is empty; allowed is one label a sample"),
     ({"class_labels": [1.0]}, r"class_labels has dtype torch\.float32 and shape \(1,\); allowed are integers"),
     ({"class_labels": [True]}, r"class_labels has dtype torch\.bool and shape \(1,\); allowed are integers"),
@@ -230,7 +236,7 @@ def test_channels_that_are_no_dits(make_dit: Callable[..., DiTTransformer2DModel
 @pytest.mark.parametrize("limit", [0, -1])
 def test_max_forward_batch(limit: int, dit: DiTTransformer2DModel) -> None:
     for model in (dit, GaussianModel()):
-        with pytest.raises(ValueError, match=rf"max_forward_batch is {limit}; allowed is 1 or more, or None"):
+        with pytest.raises(ValueError, match=rf"max_forward_batch is {limit}; allowed is an int, 1 or more"):
             free.as_target(model, max_forward_batch=limit)
 
 
@@ -411,9 +417,12 @@ def test_nan_from_a_drafter_names_the_drafter(value: float) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_inference_steps": 0}, r"num_inference_steps is 0; allowed is 1 … 1000, the steps that the process has"),
-        ({"num_inference_steps": 1001}, r"num_inference_steps is 1001; allowed is 1 … 1000"),
-        ({"num_inference_steps": 51, "num_train_timesteps": 50}, r"num_inference_steps is 51; allowed is 1 … 50"),
+        (
+            {"num_inference_steps": 0},
+            r"num_inference_steps is 0; allowed is an int, 1 … 1000, the steps that the process has",
+        ),
+        ({"num_inference_steps": 1001}, r"num_inference_steps is 1001; allowed is an int, 1 … 1000"),
+        ({"num_inference_steps": 51, "num_train_timesteps": 50}, r"num_inference_steps is 51; allowed is an int, 1 … 50"),
         ({"variance": "small"}, r"variance is 'small'; known are 'posterior', 'beta', 'geometric' or a tensor of variances"),
         ({"variance": torch.ones(9)}, r"variance has shape \(9,\); allowed is \(10,\), one for each step"),
         ({"variance": torch.ones(10, 1)}, r"variance has shape \(10, 1\); allowed is \(10,\)"),
@@ -699,3 +708,210 @@ def test_noise_of_an_operation(op: str, shape: tuple[int, ...]) -> None:
 def test_values_of_an_operation(op: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(free_kernels, op)(**{**good(op), **change})
+
+
+# --- arguments of kinds that nobody thinks of ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample", [free.speculative_sample, free.ancestral_sample])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"class_labels": "3"}, r"class_labels is '3'; allowed are integers, one a sample"),
+        ({"class_labels": {3}}, r"class_labels is \{3\}; allowed are integers"),
+        ({"class_labels": [3, None]}, r"class_labels is \[3, None\]; allowed are integers"),
+        ({"class_labels": 2**70}, r"class_labels is 1180591620717411303424; allowed are integers"),
+        ({"guidance_scale": "2"}, r"guidance_scale is '2'; allowed is 1"),
+        ({"guidance_scale": None}, r"guidance_scale is None; allowed is 1"),
+        ({"guidance_scale": [1.5]}, r"guidance_scale is \[1\.5\]; allowed is 1"),
+        ({"latents": lambda: torch.zeros(1, 2, 8, 8).to_sparse()}, r"latents is a tensor of layout torch.sparse_coo"),
+        ({"latents": lambda: torch.zeros(1, 2, 8, 8, device="meta")}, r"latents is a tensor on the meta device"),
+    ],
+)
+def test_odd_arguments(dit: DiTTransformer2DModel, sample: Any, given: dict[str, Any], message: str) -> None:
+    made = {name: value() if callable(value) else value for name, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        sample(dit, num_inference_steps=4, **made)
+
+
+def test_odd_arguments_of_processes_targets_and_plans(dit: DiTTransformer2DModel) -> None:
+    for given in ({"stochasticity": "1"}, {"eta": "1"}, {"beta_start": None}, {"beta_end": float("nan")}):
+        (name, value), *_ = given.items()
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; allowed is "):
+            free.ReverseProcess.ddpm(10, **given)
+    with pytest.raises(ValueError, match=r"max_forward_batch is '4'; allowed is an int"):
+        free.as_target(dit, max_forward_batch="4")
+    with pytest.raises(ValueError, match=r"statistics is a str; allowed is a free\.SamplingStatistics"):
+        free.plan_window(dit, num_inference_steps=4, statistics="x")
+    with pytest.raises(ValueError, match=r"num_trajectories speaks of 2, conditioning speaks of 3"):
+        free.calibrate(
+            GaussianModel(), shape=(3,), conditioning={"o": torch.zeros(3, 1)}, num_trajectories=2, num_inference_steps=4
+        )  # fmt: skip
+
+
+def test_integers_of_any_kind_are_taken(dit: DiTTransformer2DModel) -> None:
+    common: dict[str, Any] = {"class_labels": [1, 2], "seed": 0}
+    plain = free.speculative_sample(dit, num_inference_steps=4, window=3, num_samples=2, **common)
+    given = {"num_inference_steps": np.int64(4), "window": torch.tensor(3), "num_samples": np.int32(2)}
+    assert torch.equal(free.speculative_sample(dit, **given, **common).samples, plain.samples)
+
+
+def test_numpy_and_nested_conditioning_have_a_row_a_sample() -> None:
+    def model(x: torch.Tensor, timestep: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x - 0.1 * shift
+
+    def of_nested(x: torch.Tensor, timestep: torch.Tensor, seen: dict[str, Any]) -> torch.Tensor:
+        assert seen["unit"] == "m"
+        return model(x, timestep, seen["state"]["observation.shift"])
+
+    common: dict[str, Any] = {"num_inference_steps": 6, "shape": (2,), "seed": [1, 2, 3]}
+    shift = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    plain = free.speculative_sample(model, conditioning={"shift": shift}, **common).samples
+    for given, called in (
+        ({"shift": shift.double().numpy()}, model),
+        ({"seen": {"state": {"observation.shift": shift}, "unit": "m"}}, of_nested),
+        ({"seen": {"state": {"observation.shift": shift.numpy()}, "unit": "m"}}, of_nested),
+    ):
+        assert torch.equal(free.speculative_sample(called, conditioning=given, **common).samples, plain)
+    # and under guidance, with a null of the same shape
+    null = {"seen": {"state": {"observation.shift": torch.zeros(2)}, "unit": "m"}}
+    guided = free.speculative_sample(
+        free.as_target(of_nested, null_conditioning=null),
+        conditioning={"seen": {"state": {"observation.shift": shift}, "unit": "m"}}, guidance_scale=2.0, **common,
+    )  # fmt: skip
+    flat = free.as_target(model, null_conditioning={"shift": torch.zeros(2)})
+    expected = free.speculative_sample(flat, conditioning={"shift": shift}, guidance_scale=2.0, **common)
+    assert torch.equal(guided.samples, expected.samples)
+    del common["seed"]
+    assert free.speculative_sample(model, conditioning={"shift": shift.numpy()}, **common).samples.shape == (3, 2)
+
+
+@pytest.mark.parametrize("sample", [free.speculative_sample, free.ancestral_sample])
+def test_the_callers_defaults_change_nothing(dit: DiTTransformer2DModel, sample: Any) -> None:
+    """torch's default dtype and device, and autocast around a drafter whose arithmetic is its own."""
+    common: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "seed": 0}
+    drafters = ["hold-x0"]
+    if sample is free.speculative_sample:
+        drafters += [free.LinearDrafter(torch.full((6, 4), 0.5), ReverseProcess.ddpm(6).timestep, (2, 8, 8))]
+    for drafter in drafters:
+        given = {**common, **({"drafter": drafter} if sample is free.speculative_sample else {})}
+        plain = sample(dit, **given).samples
+        for change, value, usual in (
+            (torch.set_default_dtype, torch.float64, torch.float32),
+            (torch.set_default_dtype, torch.float16, torch.float32),
+            (torch.set_default_device, "meta", None),
+        ):
+            change(value)
+            try:
+                drawn = sample(dit, **given).samples
+            finally:
+                change(usual)
+            assert torch.equal(drawn, plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sample(dit, **given).samples.isfinite().all()
+
+
+def test_an_offloaded_model_is_where_it_computes(dit: DiTTransformer2DModel) -> None:
+    """accelerate leaves the weights on the meta device, and brings them in for each layer's forward."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    common: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 5, "seed": 0}
+    plain = free.speculative_sample(dit, **common).samples
+    offloaded = cpu_offload(copy.deepcopy(dit), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    assert torch.equal(free.speculative_sample(offloaded, **common).samples, plain)
+    remove_hook_from_submodules(offloaded)
+
+
+def test_a_peft_models_base_is_the_dit(dit: DiTTransformer2DModel) -> None:
+    """A stand-in with PEFT's method: its base has the adapters in its layers."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = dit
+
+        def get_base_model(self) -> DiTTransformer2DModel:
+            return self.base_model
+
+    assert isinstance(free.as_target(Adapted().eval()), free.DiTTarget)
+
+
+def test_a_drafters_folder_is_a_drafter(dit: DiTTransformer2DModel, tmp_path: Path) -> None:
+    drafter = free.LinearDrafter(torch.full((6, 4), 0.5), ReverseProcess.ddpm(6).timestep, (2, 8, 8))
+    drafter.save_pretrained(tmp_path / "fitted")
+    common: dict[str, Any] = {"class_labels": 1, "num_inference_steps": 6, "seed": 0}
+    plain = free.speculative_sample(dit, drafter, **common).samples
+    for given in (tmp_path / "fitted", str(tmp_path / "fitted")):
+        assert torch.equal(free.speculative_sample(dit, given, **common).samples, plain)
+    with pytest.raises(ValueError, match=r"drafter is 'nowhere'; known are .*, a drafter's folder, or a Drafter"):
+        free.speculative_sample(dit, "nowhere", **common)
+
+
+# --- results that would be lost -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+    from free.outputs import check_folder
+
+    drafter = free.LinearDrafter(torch.full((6, 4), 0.5), ReverseProcess.ddpm(6).timestep, (2, 8, 8))
+    drafter.save_pretrained(tmp_path / "fitted")
+    with pytest.raises(ValueError, match=r"output_dir is '.*fitted', which holds a free-dit linear drafter.*; give another"):
+        check_folder("output_dir", tmp_path / "fitted", "FeatureDrafter")
+    free.LinearDrafter.check_folder("--output-dir", tmp_path / "fitted")  # its own may be written again
+    free.LinearDrafter.check_folder("--output-dir", tmp_path / "new" / "deep")
+    with pytest.raises(OSError, match=r"output_dir is '/proc/nothing', which cannot be made"):
+        check_folder("output_dir", Path("/proc/nothing"), "FeatureDrafter")
+
+
+def test_where_a_figure_goes_is_looked_at_first(tmp_path: Path) -> None:
+    from free.outputs import check_figure, check_file
+
+    for path, error, message in (
+        (tmp_path / "x.foo", ValueError, r"output is '.*x\.foo'; allowed are files that end in .*\.eps"),
+        (Path("/dev/full"), ValueError, r"output is '/dev/full'; allowed are files that end in"),
+        (tmp_path / "none" / "x.png", FileNotFoundError, r"its folder does not exist"),
+    ):
+        with pytest.raises(error, match=message):
+            check_figure("output", path)
+    with pytest.raises(OSError, match=r"results is '/dev/full', which is no regular file"):
+        check_file("results", Path("/dev/full"))
+    with pytest.raises(PermissionError, match=r"results is '/proc/x', which cannot be written"):
+        check_file("results", Path("/proc/x"))
+    check_file("results", tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [b"x", b""])
+def test_a_broken_data_file_is_named(tmp_path: Path, content: bytes) -> None:
+    from free.evaluation.quality import load_data
+
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data is '.*bad\.npz', which is no \.npz of numbers") as caught:
+        load_data(str(tmp_path / "bad.npz"))
+    assert "pickle" not in str(caught.value)
+
+
+def test_a_nan_leaves_the_samples_that_were_finished() -> None:
+    """One sample is ahead of the other, whose network breaks near its end."""
+
+    def model(x: torch.Tensor, timestep: torch.Tensor, broken: torch.Tensor) -> torch.Tensor:
+        return torch.where(broken[:, None] & (timestep[:, None] < 200), torch.nan, 0.5 * x)
+
+    class Uneven(StepDrafter):
+        """Right for whole samples; far off for the broken one, which therefore lags behind."""
+
+        def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+            return 0.5 * state + torch.where(situation.conditioning["broken"][:, None], 100.0, 0.0)
+
+    common: dict[str, Any] = {"shape": (3,), "num_inference_steps": 30, "window": 4}
+    first_broken = {"broken": torch.tensor([True, False])}
+    whole = free.speculative_sample(model, Uneven(), conditioning={"broken": torch.tensor([False])}, seed=[5], **common)
+    with pytest.raises(NonFiniteOutputError, match=r"of sample 0; 1 of 2 samples were finished before") as caught:
+        free.speculative_sample(model, Uneven(), conditioning=first_broken, seed=[4, 5], **common)
+    assert caught.value.finished.tolist() == [False, True]
+    assert torch.equal(caught.value.samples[1], whole.samples[0])
+    with pytest.raises(NonFiniteOutputError, match=r"1 of 2 samples were finished") as caught:
+        free.ancestral_sample(model, conditioning=first_broken, seed=[4, 5], shape=(3,), num_inference_steps=30)
+    assert caught.value.samples.shape == (2, 3)

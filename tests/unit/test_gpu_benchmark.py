@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import gpu, readme
+import free
+from benchmarks import end_to_end, gpu, readme
 from benchmarks.bound import bound_of_window, least_seconds
 from benchmarks.figures import draw_gpu
 from benchmarks.record import OUT_OF_TIME, Record, newest
@@ -47,7 +50,8 @@ def test_every_part_runs_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(row["toy"] for row in rows)
     measured = [row for row in rows if "skipped" not in row]
     assert {row["benchmark"] for row in measured} == {
-        "forward", "share of a round", "end to end", "forward in the sampler's run", "bound", "projection",
+        "forward", "share of a round", "end to end", "end to end, by implementation", "forward in the sampler's run",
+        "bound", "projection",
     }  # fmt: skip
     if not torch.cuda.is_available():
         assert {row["skipped"] for row in rows if "skipped" in row} == {"captured needs CUDA"}
@@ -77,6 +81,22 @@ def test_without_a_gpu_only_a_dry_run_is_allowed(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--results", str(tmp_path)]) == 1
     assert "--toy" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recording_of_graphs_is_left_out_of_the_seconds() -> None:
+    stats = free.SamplingStatistics(4, 2, "hold-x0", np.full(2, 3))
+    stats.total_seconds, stats.seconds = 5.0, {"round": 2.0, "recording": 2.5}
+    assert end_to_end._per_sample([stats]) == pytest.approx(1.25)
+
+
+def test_the_first_runs_parts_are_those_that_it_is_told_of(tmp_path: Path) -> None:
+    script = Path(gpu.__file__).with_name("first_gpu.sh")
+    refused = subprocess.run(["bash", str(script), "nonsense", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    parts = refused.stderr.split("one of: ")[1].split()
+    table = script.with_name("README.md").read_text(encoding="utf-8")
+    assert parts == re.findall(r"^\| \d \| `(\w+)` \|", table, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +185,25 @@ def test_gpu_rows_are_reported_with_device_batch_and_baseline() -> None:
     forwards = [{**common, "benchmark": "forward", "window": w, "seconds_median": 0.002 * w**0.5} for w in (1, 16)]
     share = {**common, "benchmark": "share of a round", "seconds_round": 0.01, "share_draft": 0.1, "share_outside": 0.02}
     projection = {**common, "benchmark": "projection", "batch": 1, "gpus": 4, "projected_speedup": 4.25}
-    text = readme.performance({"gpu": [old, new, bound, *forwards, share, projection], "sampler": [], "compare": []})
+    ways = [
+        {
+            **old,
+            "sampler": sampler,
+            "benchmark": benchmark,
+            "implementation": way,
+            "window": 8,
+            "seconds_per_sample": seconds,
+        }
+        for sampler, benchmark, way, seconds in (
+            ("ancestral", "end to end", "eager", 2.5),
+            ("ancestral", "end to end", "compiled and captured", 1.25),
+            ("speculative", "end to end, by implementation", "eager", 0.75),
+        )
+    ]
+    rows = [old, new, bound, *forwards, share, projection, *ways]
+    text = readme.performance({"gpu": rows, "sampler": [], "compare": []})
+    assert "| DiT-XL/2 | 4 | ancestral | 2.5 | - | - | 1.25 |" in text
+    assert "| DiT-XL/2 | 4 | speculative | 0.75 | - | - | 0.5 |" in text
     assert "| DiT-XL/2 | 4 | hold-x0 | 8 | 5.00 | 0.5 | 9.50x | 2.50x | 2.75x |" in text
     assert "2.00x" not in text
     assert "| DiT-XL/2 | 4 | 2.00 | - | - | 4.00 | - | - |" in text

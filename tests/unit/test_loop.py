@@ -48,22 +48,27 @@ def linear(process: ReverseProcess) -> LinearDrafter:
     return LinearDrafter(torch.full((process.num_steps, 3), 0.5), process.timestep, (2, 8, 8))
 
 
+def second_order(steps: int) -> ReverseProcess:
+    angle = torch.linspace(1.5, 0.0, steps + 1, dtype=torch.float64)
+    return ReverseProcess.from_levels(angle.cos(), angle.sin(), ReverseProcess.ddpm(steps).timestep, order=2)
+
+
 # --- no round waits for the device --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "linear", "model"])
+@pytest.mark.parametrize("form", ["plain", "clipped", "second order"])
+@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "gains", "linear", "model"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_round_of_static_shapes_reads_nothing_from_the_device(
     make_dit: Callable[..., DiTTransformer2DModel],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     window: int,
-    clip: bool,
+    form: str,
     guidance_scale: float,
 ) -> None:
-    process = ReverseProcess.ddpm(20, clip_sample=clip)
+    process = second_order(20) if form == "second order" else ReverseProcess.ddpm(20, clip_sample=form == "clipped")
     request = request_for(make_dit(), class_labels=[1, 2, 3], process=process, guidance_scale=guidance_scale)
     moved = {field: on_meta(getattr(request, field)) for field in ("process", "conditioning", "seed")}
     request = dataclasses.replace(request, target=free.as_target(make_dit().to("meta")), **moved)
@@ -98,9 +103,10 @@ def test_a_round_of_other_shapes_does_read(make_dit: Callable[..., DiTTransforme
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 3, 8])
-@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
-def test_static_shapes_and_a_late_host_change_no_bit(drafter: str, window: int, lag: int) -> None:
-    common: dict[str, Any] = {"shape": (5,), "process": ReverseProcess.ddpm(40), "seed": [1, 2, 3, 4, 5]}
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output", "gains"])
+@pytest.mark.parametrize("process", [ReverseProcess.ddpm(40), second_order(40)], ids=["first order", "second order"])
+def test_static_shapes_and_a_late_host_change_no_bit(process: ReverseProcess, drafter: str, window: int, lag: int) -> None:
+    common: dict[str, Any] = {"shape": (5,), "process": process, "seed": [1, 2, 3, 4, 5]}
     out = free.speculative_sample(GaussianModel(), drafter, window=window, **common)
     seen, state, stats = run_loop(static_setup(GaussianModel(), drafter, window, **common), lag)
     assert torch.equal(state, out.samples)
@@ -178,6 +184,25 @@ def test_a_dit_compiles_without_a_break_features_included(dit: DiTTransformer2DM
     assert not any("forward" in vars(module) for module in dit.modules())
     for name in ("output", "unconditional", "feature"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
+def test_windows_of_all_widths_are_compiled_once_for_all_blocks(dit: DiTTransformer2DModel) -> None:
+    """Once for a single state, which torch sets apart, and once for any number."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    target = free.as_target(dit)
+    for guided in (True, False):
+        for states in (1, 2, 4, 8, 6):
+            labels = {"class_labels": torch.ones(states, dtype=torch.int64)}
+            with target.compile(backend=backend):
+                target.evaluate(torch.randn(states, 2, 8, 8), torch.full((states,), 5), labels, guided)
+    assert len(compiled) == 2
+    assert not any(module._forward_pre_hooks for module in dit.modules())
 
 
 def test_compiling_needs_a_module() -> None:

@@ -25,7 +25,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+import free
 from free import ReverseProcess
+from free_kernels import normal
 
 # diffusers steps in float32
 PRECISION = 1e-4
@@ -184,8 +186,8 @@ def worst_error(configuration: Configuration) -> float:
             clamped = x0.clamp(-process.clip_range, process.clip_range)
             actual = process.clip_state_coef[k].double() * x + process.clip_x0_coef[k].double() * clamped
             actual = actual + process.std[k].double() * z
-        if process.memory_coef is not None:
-            actual = actual + process.memory_coef[k].double() * (x0 - before)
+        if process.memory_gain is not None:
+            actual = actual + process.model_coef[k].double() * process.memory_gain[k].double() * (x0 - before)
         worst = max(worst, float((actual - expected).abs().max() / expected.abs().max()))
     return worst
 
@@ -199,6 +201,27 @@ def test_a_step_is_the_schedulers_own(make: str) -> None:
     errors = {str(c): worst_error(c) for c in CONFIGURATIONS if c.make.__name__ == make}
     off = {name: error for name, error in errors.items() if not error <= PRECISION}
     assert not off
+
+
+@pytest.mark.parametrize("grid", [{}, {"use_karras_sigmas": True}, {"use_flow_sigmas": True, "flow_shift": 3.0}])
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+def test_a_whole_trajectory_of_second_order_is_the_schedulers_own(grid: dict[str, Any], solver_type: str) -> None:
+    prediction = "flow_prediction" if grid.get("use_flow_sigmas") else "epsilon"
+    config = {**grid, "prediction_type": prediction, "algorithm_type": "sde-dpmsolver++", "solver_type": solver_type}
+    scheduler, seed, steps = DPMSolverMultistepScheduler(**config), torch.arange(5), 15
+
+    def model(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.sin(2 * x) * (0.5 + timestep.to(x).view(-1, 1) / 1000)
+
+    process = ReverseProcess.from_scheduler(scheduler, steps)
+    ours = free.ancestral_sample(model, process=process, shape=(16,), seed=seed.tolist(), return_trajectory=True).trajectory
+    assert ours is not None
+    scheduler.set_timesteps(steps)
+    for k, t in enumerate(scheduler.timesteps):
+        # from our own state at each step, as differences grow; the scheduler remembers what it was given before
+        x, noise = ours[:, k], normal(seed, torch.full_like(seed, k), 16)
+        after = scheduler.step(model(x, t.expand(5)), t, x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(ours[:, k + 1], after, rtol=1e-5, atol=1e-5)
 
 
 # --- what a scheduler without noise becomes -------------------------------------------------------------------------------

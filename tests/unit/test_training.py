@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import free
+import free.training.checkpoint
 from free.data.images import Digits, ImageFolder, LatentData, Photos, Rows, open_images
 from free.drafters.loading import drafter_of
 from free.training import DrafterTrainingConfig, train_drafter
@@ -497,3 +500,35 @@ def test_the_drafter_compiles_as_one_graph(base: Any) -> None:
     with torch.no_grad():
         for one, other in zip(compiled(*inputs), drafter(*inputs), strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_a_full_disk_ends_the_run_with_what_was_written_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path, max_train_steps=4, checkpointing_steps=2)
+    written = free.training.checkpoint.save_file
+
+    def full(tensors: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-4" in str(file):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        written(tensors, file, *args, **kwargs)
+
+    monkeypatch.setattr(free.training.checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"checkpoint of step 4 cannot be written to .*No space left on device"):
+        train_drafter(config, tiny_dit())
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-2"]
+    monkeypatch.undo()
+    train_drafter(dataclasses.replace(config, resume_from_checkpoint="latest"), tiny_dit())
+    assert (tmp_path / "checkpoint-4").is_dir()
+
+
+def test_a_process_of_one_step_drafts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"num_inference_steps is 1; allowed is an int, 2 or more, as the last step is never"
+    ):
+        settings(tmp_path, num_inference_steps=(1,))
+
+
+def test_a_calibrated_drafter_is_not_written_over(tmp_path: Path) -> None:
+    process = free.ReverseProcess.ddpm(6)
+    free.LinearDrafter(torch.ones(6, 1), process.timestep, (1, 8, 8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir is .*, which holds a free-dit linear drafter, 1; give another"):
+        train_drafter(settings(tmp_path), tiny_dit())

@@ -1,0 +1,90 @@
+"""A drafter that needs no training: it learns, while it samples, how x0 answers to the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from free.drafters.base import Drafter, LastWindow, Situation
+from free.drafters.hold import hold
+from free.drafters.patches import patches_of
+from free_kernels import Proposal, Scales, gain_correction, learn_gains
+
+_RIDGE = 0.01
+
+
+@dataclass
+class GainMemory:
+    """What each sample's last window taught, float32; see :func:`free_kernels.learn_gains`."""
+
+    states: torch.Tensor
+    """[B, W, D]."""
+    x0: torch.Tensor
+    """[B, W, D]."""
+    sums: torch.Tensor
+    """[B, W, 2, 2, bands]."""
+
+
+class Gains(Drafter):
+    """Holds x0, and adds to it a share of what the state knows that the anchor did not, learned band by band.
+
+    After a rejection the path goes on from another state than the anchor's, by a difference that is known. Many steps are
+    evaluated two or three times and all are evaluated next to their neighbours: each such pair says how x0 answers to a
+    change of the state, in each band of frequencies (:func:`free.drafters.patches.patches_of`), and the answers of one
+    step are much like those of the next. A sample learns from its own evaluations alone.
+    """
+
+    name = "gains"
+    capturable = True
+    forgetting = (0.7, 0.85)
+    """What a pair of evaluations of one step, and one of neighbours, leaves of what was learned before."""
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> GainMemory:
+        zeros = last.states.new_zeros(last.states.shape)
+        bands = patches_of(sample_shape, zeros.device).bands
+        return GainMemory(zeros, zeros.clone(), zeros.new_zeros(*zeros.shape[:2], 2, 2, bands))
+
+    def propose(self, situation: Situation) -> Proposal:
+        held = hold(situation, "hold-x0")
+        if situation.window == 1:
+            return held
+        memory, last, process = situation.memory, situation.last, situation.process
+        correction = gain_correction(
+            held.states,
+            situation.step,
+            memory.states,
+            memory.x0,
+            memory.sums,
+            last.step,
+            last.length,
+            process.table,
+            Scales(process.signal, process.noise_ratio),
+            patches_of(situation.sample_shape, held.states.device),
+            ridge=_RIDGE,
+            impl=situation.impl,
+        )
+        return hold(situation, "hold-x0", correction)
+
+    def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
+        memory, last, process = situation.memory, situation.last, situation.process
+        return GainMemory(
+            *learn_gains(
+                window.states,
+                window.output,
+                window.step,
+                window.length,
+                memory.states,
+                memory.x0,
+                memory.sums,
+                last.step,
+                last.length,
+                process.table,
+                Scales(process.signal, process.noise_ratio),
+                patches_of(situation.sample_shape, window.states.device),
+                forgetting=self.forgetting,
+                unconditional_outputs=window.unconditional,
+                guidance_scale=situation.guidance_scale,
+                impl=situation.impl,
+            )
+        )
