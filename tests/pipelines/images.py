@@ -81,11 +81,11 @@ def stable_diffusion() -> Made:
     return pipe, SQUARE | prompts(6, 8) | {"guidance_scale": 5.0}
 
 
-@case("StableDiffusionXLPipeline", "Stable Diffusion XL", "SDE-DPM-Solver++ of first order")
+@case("StableDiffusionXLPipeline", "Stable Diffusion XL", "SDE-DPM-Solver++ of second order")
 def stable_diffusion_xl() -> Made:
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1)
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
     pipe = assemble("StableDiffusionXLPipeline", unet=unet(**SDXL), scheduler=scheduler, add_watermarker=False)
     return pipe, SQUARE | prompts(6, 8, pooled=32)
 

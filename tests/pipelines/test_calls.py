@@ -165,11 +165,11 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_a_compiled_network_stays_compiled_and_sees_plain_tensors() -> None:
-    pipe, graphs = class_pipeline(), []
+    pipe, kinds = class_pipeline(), set()
     expected = draw_speculatively(pipe)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
+        kinds.update(type(value) for value in inputs)
         return graph.forward
 
     pipe.transformer.compile(backend=backend, fullgraph=True, dynamic=True)
@@ -177,7 +177,8 @@ def test_a_compiled_network_stays_compiled_and_sees_plain_tensors() -> None:
     drawn = draw_speculatively(pipe)
     torch.testing.assert_close(drawn, expected)
     assert pipe.transformer._compiled_call_impl is compiled
-    assert 1 <= len(graphs) <= 3
+    assert kinds
+    assert kinds <= {torch.Tensor, torch.nn.Parameter, torch.SymInt, int}
 
 
 def draw_speculatively(pipe: Any) -> torch.Tensor:
