@@ -57,6 +57,9 @@ def _observer(
         loop = watched.loop
         if loop is None or loop.run is None:
             return {}
+        watched.interrupted = bool(getattr(pipe, "_interrupt", False)) and loop.run.unfinished
+        if callback is None and not watched.interrupted:
+            return {}
         settled = loop.settled_of(shown["latents"])
         if callback is not None:
             given = {
@@ -65,10 +68,8 @@ def _observer(
             before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
             returned = callback(pipe, number, loop.timestep(), given)
             _check_unchanged(returned or {}, before)
-        if getattr(pipe, "_interrupt", False) and loop.run.unfinished:
-            watched.interrupted = True
-            return {"latents": settled}
-        return {}
+            watched.interrupted = bool(getattr(pipe, "_interrupt", False)) and loop.run.unfinished
+        return {"latents": settled} if watched.interrupted else {}
 
     return observe
 

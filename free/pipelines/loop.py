@@ -248,7 +248,7 @@ class Loop:
 
     def _lay_out(self, number: int, sample: torch.Tensor, timestep: torch.Tensor) -> Layout:
         timestep = timestep.to(self.timesteps)
-        # where the pipeline makes a number of it, that of the earliest step says most about how
+        # where the pipeline makes a number of it, the largest says most about how: 0 is the same in any unit
         return Layout(number, sample, self._batch, timestep, timestep[timestep.abs().argmax()], self._carry_over)
 
     def _as_latents(self, states: torch.Tensor) -> torch.Tensor:

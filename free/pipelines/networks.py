@@ -21,6 +21,8 @@ _WITHOUT_ROWS = ("image_rotary_emb", "freqs_cis", "ip_adapter_masks", "rope_inte
 """Arguments of one value for all samples, whatever their shape."""
 _ROWS_SECOND = ("encoder_hidden_states_llama3",)
 """Arguments [layers, samples, ...]."""
+_LISTS = ("img_shapes", "txt_seq_lens")
+"""Lists of numbers with an entry a sample."""
 _POSITIONS = ("img_ids", "txt_ids")
 """Positions of tokens: [tokens, axes] for all samples, or [samples, tokens, axes]."""
 
@@ -96,7 +98,7 @@ class Network:
             if name == self.timestep_name:
                 # one number may be on the host, a row's may not
                 return self._timestep(value, layout, groups, inner).to(states[0].device)
-            if isinstance(states, list) and isinstance(value, list):
+            if isinstance(value, list) and (name in _LISTS or isinstance(states, list)):
                 return self._entries(value, layout, groups)
             return self._rows(name, value, layout, groups, inner)
 

@@ -148,6 +148,12 @@ def test_arguments_of_the_door(arguments: dict[str, Any], error: type[Exception]
         free.speculate(class_pipeline(), **arguments)
 
 
+def test_perturbed_attention_guidance() -> None:
+    pipe = assemble("StableDiffusionPAGPipeline", unet=unet(), scheduler=ddpm(), requires_safety_checker=False)
+    with pytest.raises(free.UnsupportedPipelineError, match="perturbed attention"):
+        free.speculate(pipe)
+
+
 def test_something_that_is_no_pipeline() -> None:
     with pytest.raises(TypeError, match="pipe is a Linear"):
         free.speculate(torch.nn.Linear(1, 1))  # type: ignore[arg-type]

@@ -58,22 +58,21 @@ def page(rows: list[Row]) -> str:
     head = ("family", "pipeline", "scheduler", "", "worst error", "a bug shows", "")
     families = {row.case.family for row in rows}
     classes = {row.case.name.split(",")[0] for row in rows if row.check.passed}
+    arguments = [(f"`{name}`", f"`{words}`", reason) for name, (_, words, reason) in ARGUMENTS.items()]
+    refused = [(f"`{name}…`", reason) for name, reason in PIPELINES.items()] + [("`…PAG…`", PERTURBED)]
     lines = [
-        f"diffusers {diffusers.__version__}, torch {torch.__version__}: {len(classes)} classes of pipelines in {len(families)} "
-        "families, tiny random networks in float32. *Worst error*: of a settled state's guided output against the untouched "
-        "pipeline's, beside the largest output. *A bug shows*: the same error, the smaller of two, with every row's sample, "
-        "or its timestep, planted wrong.",
+        f"diffusers {diffusers.__version__}: {len(classes)} classes of pipelines in {len(families)} families, tiny random",
+        "networks in float32. *Worst error*: of a settled state's guided output against the untouched pipeline's, beside the",
+        "largest output. *A bug shows*: the same error, the smaller of two, with every row's sample, or its timestep, planted",
+        "wrong.",
         "",
         *_table(head, [row.cells() for row in rows]),
         "",
         "Refused by name:",
         "",
-        *_table(("pipeline", "why"), [(f"`{name}…`", reason) for name, reason in PIPELINES.items()]),
+        *_table(("pipeline", "why"), refused),
         "",
-        *_table(
-            ("argument", "allowed", "why"),
-            [(f"`{name}`", f"`{words}`", reason) for name, (_, words, reason) in ARGUMENTS.items()],
-        ),
+        *_table(("argument", "allowed", "why"), arguments),
     ]
     return "\n".join(lines)
 
