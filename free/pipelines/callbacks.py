@@ -11,14 +11,11 @@ import torch
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop
 
-_NAME, _INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
+OBSERVED, _INPUTS = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
 
 
 class Watched(Protocol):
     """Whose call it is."""
-
-    pipe: Any
-    interrupted: bool
 
     @property
     def loop(self) -> Loop | None:
@@ -34,16 +31,16 @@ def watch_call(bound: inspect.BoundArguments, watched: Watched) -> None:
     arguments, parameters = bound.arguments, bound.signature.parameters
     if arguments.get("callback") is not None:
         arguments["callback"] = _legacy(arguments["callback"], watched)
-    if _NAME not in parameters:
+    if OBSERVED not in parameters:
         return
-    callback = arguments.get(_NAME)
+    callback = arguments.get(OBSERVED)
     if callback is not None and hasattr(callback, "tensor_inputs"):
         raise UnsupportedPipelineError(
-            f"{_NAME} is a {type(callback).__name__}, which acts by the number of the step; while speculating allowed is a "
-            "function that observes"
+            f"{OBSERVED} is a {type(callback).__name__}, which acts by the number of the step; while speculating allowed is "
+            "a function that observes"
         )
     wanted = arguments.get(_INPUTS, parameters[_INPUTS].default if _INPUTS in parameters else ["latents"]) or []
-    arguments[_NAME] = _observer(callback, list(wanted), watched)
+    arguments[OBSERVED] = _observer(callback, list(wanted), watched)
     if _INPUTS in parameters:
         arguments[_INPUTS] = list(dict.fromkeys([*wanted, "latents"]))
 
@@ -57,8 +54,8 @@ def _observer(
         loop = watched.loop
         if loop is None or loop.run is None:
             return {}
-        watched.interrupted = bool(getattr(pipe, "_interrupt", False)) and loop.run.unfinished
-        if callback is None and not watched.interrupted:
+        loop.interrupted = bool(getattr(pipe, "_interrupt", False)) and loop.run.unfinished
+        if callback is None and not loop.interrupted:
             return {}
         settled = loop.settled_of(shown["latents"])
         if callback is not None:
@@ -68,8 +65,8 @@ def _observer(
             before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
             returned = callback(pipe, number, loop.timestep(), given)
             _check_unchanged(returned or {}, before)
-            watched.interrupted = bool(getattr(pipe, "_interrupt", False)) and loop.run.unfinished
-        return {"latents": settled} if watched.interrupted else {}
+            loop.interrupted = bool(getattr(pipe, "_interrupt", False)) and loop.run.unfinished
+        return {"latents": settled} if loop.interrupted else {}
 
     return observe
 
@@ -87,7 +84,7 @@ def _check_unchanged(returned: dict[str, Any], before: dict[str, Any]) -> None:
         )
         if not same:
             raise UnsupportedPipelineError(
-                f"{_NAME} returned another {name!r} than it was given; while speculating a callback observes"
+                f"{OBSERVED} returned another {name!r} than it was given; while speculating a callback observes"
             )
 
 

@@ -66,6 +66,7 @@ class Loop:
         """What the loop was given last; None outside it."""
         self.run: Run | None = None
         self.interrupted = False
+        """Whether the pipeline has been given what is settled, and may pass through the rest."""
         self._begin = 0
         self._answered = False
         self._carries_over = False
@@ -86,9 +87,12 @@ class Loop:
                 self._answered = False
                 self.shown = Timestep.of(self._layout.shown.clone(), self._layout.timestep, self._layout)
                 yield self.shown
-                if not self._answered:  # a pipeline that is interrupted only passes through what is left
-                    self.interrupted = True
+                if self.interrupted:
                     break
+                if not self._answered:
+                    raise UnsupportedPipelineError(
+                        "the pipeline went through a round without a call of scheduler.step; it cannot be speculated"
+                    )
         finally:
             self.shown = None
 

@@ -38,8 +38,12 @@ def networks_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 def timestep_name(module: torch.nn.Module) -> str | None:
     """What a network calls its timestep; None if it takes none."""
-    parameters = inspect.signature(module.forward).parameters
-    return next((name for name in TIMESTEP_NAMES if name in parameters), None)
+    return next((name for name in TIMESTEP_NAMES if name in _parameters(module)), None)
+
+
+def _parameters(module: torch.nn.Module) -> list[str]:
+    """The names of what a network's forward takes; of one made by ``torch.compile(module)``, what the one inside takes."""
+    return list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
 
 
 class Network:
@@ -47,7 +51,7 @@ class Network:
 
     def __init__(self, name: str, module: torch.nn.Module, num_train_timesteps: int) -> None:
         self.name, self.module = name, module
-        self.parameters = list(inspect.signature(module.forward).parameters)
+        self.parameters = _parameters(module)
         self.timestep_name = timestep_name(module)
         self.recipes = _recipes(num_train_timesteps)
         """What the pipeline may make of the loop's timestep where only a number arrives; those that never failed."""
@@ -60,7 +64,9 @@ class Network:
             shown_first: the loop's timestep in its first round, where all rows have the same; else None.
         """
         # not by ``forward``: what torch.compile has made of the module must stay as it is
-        own = self.module.__dict__.get("_compiled_call_impl")
+        # nor by setattr, which a module made by torch.compile(module) hands on to the one inside
+        kept = self.module.__dict__
+        own = kept.get("_compiled_call_impl")
         call = own or self.module._call_impl
 
         def through(*args: Any, **kwargs: Any) -> Any:
@@ -69,13 +75,13 @@ class Network:
                 self._learn(args, kwargs, shown)
             return self(call, args, kwargs)
 
-        self.module._compiled_call_impl = through
+        kept["_compiled_call_impl"] = through
         try:
             yield
         finally:
-            del self.module.__dict__["_compiled_call_impl"]
+            del kept["_compiled_call_impl"]
             if own is not None:
-                self.module._compiled_call_impl = own
+                kept["_compiled_call_impl"] = own
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = next((one for one in tensors_in((args, kwargs)) if isinstance(one, (Rows, Timestep))), None)

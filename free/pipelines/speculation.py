@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from free.drafters import Drafter
-from free.pipelines.callbacks import watch_call
+from free.pipelines.callbacks import OBSERVED, watch_call
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
@@ -29,9 +29,6 @@ from free.windows import Schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-_DIT_GUIDANCE = 4.0
-"""The default of ``DiTPipeline``."""
 
 
 class Speculation:
@@ -60,8 +57,6 @@ class Speculation:
         """What the last loop sampled."""
         self.watch: Watch | None = None
         """Told of every round of every call."""
-        self.interrupted = False
-        """Whether the pipeline may pass through what is left of its loop."""
         self.scheduler: Any = None
         """The driven one, during a call."""
         self._own_scheduler: Any = None
@@ -106,6 +101,7 @@ class Speculation:
             bound = signature.bind(pipe, *args, **kwargs)
             arguments = _by_name(bound)
             check_arguments(arguments)
+            check_guider(pipe)
             watch_call(bound, self)
             with self.calling(arguments):
                 return own.__call__(*bound.args, **bound.kwargs)
@@ -116,28 +112,23 @@ class Speculation:
             "__qualname__": own.__qualname__,
             "_free_speculation": self,
         }
-        if hasattr(own, "interrupt"):
-            # what is handed out in an interrupted round are drafts: a pipeline passes through only when told what is settled
-            members["interrupt"] = property(lambda pipe: self.interrupted)
+        if hasattr(own, "interrupt") and OBSERVED in signature.parameters:
+            # what a round hands out are drafts: a pipeline passes through the rest only once it was given what is settled
+            members["interrupt"] = property(lambda pipe: self._loop is not None and self._loop.interrupted)
         self.pipe.__class__ = type(own.__name__, (own,), members)
 
     @contextmanager
     def calling(self, arguments: dict[str, Any]) -> Iterator[None]:
         """The context of one call: the scheduler and the networks are the pipeline's own again when it ends."""
-        if self._own_scheduler is not None:
-            raise RuntimeError(
-                "pipe is being called by somebody else; calls of a speculated pipeline go one after the other"
-            )
         pipe, networks = self.pipe, networks_of(self.pipe)
         if not networks:
             raise UnsupportedPipelineError(f"pipe is a {type(pipe).__name__}, none of whose networks takes a timestep")
         check_networks(networks)
-        check_guider(pipe)
-        own = pipe.scheduler
-        self.scheduler = driven(own, self)
-        steps = own.config.get("num_train_timesteps", 1000)
-        self.interrupted = False
         with exclusively(pipe, self.drafter, *networks.values()), ExitStack() as during:
+            if self._own_scheduler is not None:
+                raise RuntimeError("pipe is called within its own call; calls of a speculated pipeline go one by one")
+            own = pipe.scheduler
+            self.scheduler, steps = driven(own, self), own.config.get("num_train_timesteps", 1000)
             self._arguments, self._own_scheduler = arguments, own
             during.callback(self._end_call)
             # not by setattr, which would enter it into the pipeline's configuration
@@ -198,8 +189,10 @@ class Speculation:
         """How often the samples are in the latents: the class-conditional DiT's guidance doubles them before the loop."""
         from diffusers import DiTPipeline
 
-        guided = isinstance(self.pipe, DiTPipeline) and self._arguments.get("guidance_scale", _DIT_GUIDANCE) > 1
-        return 2 if guided else 1
+        if not isinstance(self.pipe, DiTPipeline):
+            return 1
+        default = inspect.signature(DiTPipeline.__call__).parameters["guidance_scale"].default
+        return 2 if self._arguments.get("guidance_scale", default) > 1 else 1
 
     def _barrier(self) -> Callable[[torch.Tensor], bool] | None:
         """Where a pipeline of two networks changes from one to the other, by the timestep."""
@@ -235,9 +228,10 @@ class Speculation:
 
 
 def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of a call, and those that it takes as ``**kwargs``."""
-    arguments = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
+    """The arguments of a call, defaults and those that it takes as ``**kwargs`` included."""
+    parameters = bound.signature.parameters.values()
+    arguments = {one.name: one.default for one in parameters if one.default is not one.empty} | dict(bound.arguments)
+    for parameter in parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(parameter.name, {})
     return arguments

@@ -164,7 +164,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert check.passed, str(check)
 
 
-def test_a_compiled_network_stays_compiled_and_sees_plain_tensors() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_network_stays_compiled_and_sees_plain_tensors(in_place: bool) -> None:
+    torch.compiler.reset()
     pipe, kinds = class_pipeline(), set()
     expected = draw_speculatively(pipe)
 
@@ -172,7 +174,11 @@ def test_a_compiled_network_stays_compiled_and_sees_plain_tensors() -> None:
         kinds.update(type(value) for value in inputs)
         return graph.forward
 
-    pipe.transformer.compile(backend=backend, fullgraph=True, dynamic=True)
+    options = {"backend": backend, "fullgraph": True, "dynamic": True}
+    if in_place:
+        pipe.transformer.compile(**options)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, **options)
     compiled = pipe.transformer._compiled_call_impl
     drawn = draw_speculatively(pipe)
     torch.testing.assert_close(drawn, expected)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import free
-from free.pipelines.refusals import ARGUMENTS, PIPELINES
+from free.pipelines.refusals import ARGUMENTS, PERTURBED, PIPELINES
 from tests.pipelines import conditioned, images, videos  # noqa: F401
 from tests.pipelines.parts import CASES, Case
 from tests.pipelines.planted import BUGS, planted
@@ -62,9 +62,9 @@ def page(rows: list[Row]) -> str:
     refused = [(f"`{name}…`", reason) for name, reason in PIPELINES.items()] + [("`…PAG…`", PERTURBED)]
     lines = [
         f"diffusers {diffusers.__version__}: {len(classes)} classes of pipelines in {len(families)} families, tiny random",
-        "networks in float32. *Worst error*: of a settled state's guided output against the untouched pipeline's, beside the",
-        "largest output. *A bug shows*: the same error, the smaller of two, with every row's sample, or its timestep, planted",
-        "wrong.",
+        "networks in float32. *Worst error*: of a settled state's guided output against the untouched pipeline's, beside",
+        "the largest output. *A bug shows*: the same error, the smaller of two, with every row's sample, or its timestep,",
+        "planted wrong.",
         "",
         *_table(head, [row.cells() for row in rows]),
         "",
