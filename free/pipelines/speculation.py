@@ -19,6 +19,7 @@ from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
 from free.pipelines.process import ProcessOptions, process_of
 from free.pipelines.refusals import check_arguments, check_guider, check_pipeline_class
+from free.pipelines.rows import change_tensors, plain
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
 from free.processes import ReverseProcess
@@ -104,7 +105,7 @@ class Speculation:
             check_guider(pipe)
             watch_call(bound, self)
             with self.calling(arguments):
-                return own.__call__(*bound.args, **bound.kwargs)
+                return change_tensors(own.__call__(*bound.args, **bound.kwargs), plain)
 
         members: dict[str, Any] = {
             "__call__": call,
