@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import free
-from tests.pipelines import images, videos  # noqa: F401
-from tests.pipelines.parts import CASES, assemble, ddpm, prompts, unet
+from tests.pipelines.cases import CASES
+from tests.pipelines.parts import assemble, ddpm, prompts, unet
 from tests.pipelines.stubs import class_pipeline, draw
 
 

@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscre
 
 import free
 from free.pipelines.refusals import ARGUMENTS, PIPELINES, check_arguments
-from tests.pipelines import conditioned, images, videos  # noqa: F401
-from tests.pipelines.parts import CASES, assemble, ddpm, image_vae, picture, prompts, unet
+from tests.pipelines.cases import CASES
+from tests.pipelines.parts import assemble, ddpm, image_vae, picture, prompts, unet
 from tests.pipelines.stubs import class_pipeline, draw
 from tests.pipelines.test_calls import diffusion
 
