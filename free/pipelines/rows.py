@@ -138,7 +138,8 @@ _ALONG_ROWS = _methods("cat", "concat", "chunk", "split", "tensor_split", "narro
 _ROW_BY_ROW = _methods("unbind", "select")
 _RESHAPES = _methods("view", "reshape", "flatten", "unflatten")
 _REPEATS = _methods("repeat_interleave")
-_PERMUTES = _methods("permute", "transpose", "swapaxes", "movedim")
+_PERMUTES = _methods("permute", "transpose", "swapaxes", "movedim", "t")
+_PERMUTES |= {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,7 +204,8 @@ def _tag(values: Any, func: Callable[..., Any], first: Any, leader: Rows, args: 
     elif func in _PERMUTES:
         fits = size == lead and _keeps_rows(first, values)
     elif func in _ALONG_ROWS:
-        fits = values.dim() == leader.dim() and size % per_group == 0 and size > 0
+        same_axes = values.dim() == leader.dim() or func is torch.Tensor.__getitem__
+        fits = same_axes and size % per_group == 0 and size > 0
     elif func in _RESHAPES or func in _REPEATS:
         if size % lead == 0 and size >= lead:
             inner *= size // lead
