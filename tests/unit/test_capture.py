@@ -129,6 +129,7 @@ def test_captured_ancestral_steps_change_no_bit_and_serve_again(monkeypatch: pyt
         assert torch.equal(out.samples, expected.samples)
         assert torch.equal(out.trajectory, expected.trajectory)
         assert out.stats.seconds["round"] > 0
+        assert ("recording" in out.stats.seconds) == (seed == [1, 2, 3])
         assert Rehearsal.made == 1
 
 
