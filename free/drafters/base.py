@@ -129,7 +129,8 @@ class Drafter(ABC):
     """Whether the target's top-block feature is captured for the anchors."""
     capturable: bool = False
     """Whether ``propose``, called before with the same process, leaves the host out, so that it may be recorded as a CUDA
-    graph: no read from the device, no random state, nothing that differs from call to call.
+    graph: no read from the device, no random state, nothing that differs from call to call. A public attribute that changes
+    makes another graph; what a drafter makes or learns by itself is private, and written in place.
     """
 
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
