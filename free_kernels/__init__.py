@@ -7,13 +7,17 @@ gathered inside by step. This package knows tensors only and never imports :mod:
 
 from free_kernels.acceptance import Acceptance, acceptance, acceptance_from_means
 from free_kernels.dispatch import IMPLEMENTATIONS
+from free_kernels.finite import Finite, finite
 from free_kernels.householder import householder
 from free_kernels.philox import LATENT_STREAM, NOISE_STREAM, TEST_STREAM, normal, philox, uniform
 from free_kernels.posterior import posterior
 from free_kernels.posterior.reference import guided, x0_estimate
 from free_kernels.propose import HOLD_DRAFTS, Proposal, propose
 from free_kernels.propose.reference import anchor_index
+from free_kernels.relaxation import RelaxedCost, relaxed_cost, relaxed_tau
+from free_kernels.span import Span, span
 from free_kernels.table import StepTable
+from free_kernels.tally import tally
 from free_kernels.verify import Verification, verify
 
 __all__ = [
@@ -23,18 +27,26 @@ __all__ = [
     "NOISE_STREAM",
     "TEST_STREAM",
     "Acceptance",
+    "Finite",
     "Proposal",
+    "RelaxedCost",
+    "Span",
     "StepTable",
     "Verification",
     "acceptance",
     "acceptance_from_means",
     "anchor_index",
+    "finite",
     "guided",
     "householder",
     "normal",
     "philox",
     "posterior",
     "propose",
+    "relaxed_cost",
+    "relaxed_tau",
+    "span",
+    "tally",
     "uniform",
     "verify",
     "x0_estimate",

@@ -1,0 +1,117 @@
+"""What a round would launch on a GPU, counted without one: on meta tensors, as a graph would record it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import free_kernels
+from free.processes import ReverseProcess
+
+_MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "set_", "resize_")
+
+
+class Operations(TorchDispatchMode):
+    """Within this context: what is launched, kernels and copies, by name.
+
+    A view costs nothing, nor does memory that is not filled. An operation of torch is one launch, as nearly all that a round
+    uses are; a copy of many tensors is one if they are what torch's own launcher takes at once, else one for each. The
+    kernels of :mod:`free_kernels` are noted where they are launched, with whatever their launchers do before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in _MEMORY:
+            self.count(name, _copies(*args[:2]) if name == "_foreach_copy_" else 1)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str, launches: int = 1) -> None:
+        if not self._paused:
+            self.counts[name] += launches
+
+    def total(self) -> int:
+        return self.counts.total()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is not counted."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __enter__(self) -> Operations:
+        self._patches = contextlib.ExitStack()
+        # the kernels are asked for, and the device is one that has none
+        self._patches.enter_context(mock.patch("free_kernels.dispatch._require_triton"))
+        for module in _kernel_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, _kernel_class()):
+                    self._patches.enter_context(mock.patch.object(module, name, _Noted(name, self)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+
+class _Noted:
+    """In place of a kernel: a launch is noted."""
+
+    def __init__(self, name: str, operations: Operations) -> None:
+        self._name, self._operations = name, operations
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *_: Any, **__: Any) -> None:
+        self._operations.count(self._name)
+
+
+def _kernel_class() -> type:
+    from triton.runtime import KernelInterface
+
+    return KernelInterface
+
+
+def _kernel_modules() -> list[Any]:
+    packages = [info.name for info in pkgutil.iter_modules(free_kernels.__path__) if info.ispkg]
+    return [importlib.import_module(f"free_kernels.{name}.kernel") for name in packages]
+
+
+def _copies(into: list[torch.Tensor], source: list[torch.Tensor]) -> int:
+    """Launches of ``torch._foreach_copy_``: one for tensors of one dtype that lie in memory as what is copied does."""
+    pairs = list(zip(into, source, strict=True))
+    together = len({(a.dtype, b.dtype) for a, b in pairs}) == 1 and all(
+        a.stride() == b.stride() and torch._prims_common.is_non_overlapping_and_dense_or_false(a) for a, b in pairs
+    )
+    return 1 if together else len(pairs)
+
+
+def on_meta(value: Any) -> Any:
+    """The same shapes without numbers: reading one raises, as does a copy to another device, or a shape that needs one."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {name: on_meta(entry) for name, entry in value.items()}
+    if isinstance(value, ReverseProcess):
+        moved = object.__new__(ReverseProcess)  # its checks read numbers
+        for field in dataclasses.fields(value):
+            object.__setattr__(moved, field.name, on_meta(getattr(value, field.name)))
+        return moved
+    return value
