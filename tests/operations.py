@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib
+import os
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import free_kernels
-from free.processes import ReverseProcess
 
 _MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "set_", "resize_")
 
@@ -46,17 +45,20 @@ class Operations(TorchDispatchMode):
     def total(self) -> int:
         return self.counts.total()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within is not counted."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
+    def unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, of which nothing is counted."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            before, self._paused = self._paused, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._paused = before
+
+        return called
 
     def __enter__(self) -> Operations:
-        self._patches = contextlib.ExitStack()
+        self._patches = ExitStack()
         # the kernels are asked for, and the device is one that has none
         self._patches.enter_context(mock.patch("free_kernels.dispatch._require_triton"))
         for module in _kernel_modules():
@@ -91,7 +93,10 @@ def _kernel_class() -> type:
 
 def _kernel_modules() -> list[Any]:
     packages = [info.name for info in pkgutil.iter_modules(free_kernels.__path__) if info.ispkg]
-    return [importlib.import_module(f"free_kernels.{name}.kernel") for name in packages]
+    # where there is no GPU they are the interpreter's from their import on, as the tests of the kernels need them
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    with mock.patch.dict(os.environ, interpreted):
+        return [importlib.import_module(f"free_kernels.{name}.kernel") for name in packages]
 
 
 def _copies(into: list[torch.Tensor], source: list[torch.Tensor]) -> int:
@@ -101,17 +106,3 @@ def _copies(into: list[torch.Tensor], source: list[torch.Tensor]) -> int:
         a.stride() == b.stride() and torch._prims_common.is_non_overlapping_and_dense_or_false(a) for a, b in pairs
     )
     return 1 if together else len(pairs)
-
-
-def on_meta(value: Any) -> Any:
-    """The same shapes without numbers: reading one raises, as does a copy to another device, or a shape that needs one."""
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {name: on_meta(entry) for name, entry in value.items()}
-    if isinstance(value, ReverseProcess):
-        moved = object.__new__(ReverseProcess)  # its checks read numbers
-        for field in dataclasses.fields(value):
-            object.__setattr__(moved, field.name, on_meta(getattr(value, field.name)))
-        return moved
-    return value

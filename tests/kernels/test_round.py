@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import mpmath
@@ -85,7 +86,7 @@ def test_finite_reads_any_strides(device: torch.device, layout: str) -> None:
 @pytest.mark.parametrize(("batch", "window"), [(1, 8), (5, 8), (3, 1), (40, 4)])
 def test_tally_over_rounds(device: torch.device, monkeypatch: pytest.MonkeyPatch, batch: int, window: int) -> None:
     """Some of the samples in another order, several at one step, finished ones among them, numbers that are none."""
-    monkeypatch.setattr("free_kernels.tally.kernel.MAX_SAMPLES", 16)
+    monkeypatch.setattr(import_module("free_kernels.tally.kernel"), "MAX_SAMPLES", 16)
     chance = torch.Generator().manual_seed(batch)
 
     def random(low: int, high: int) -> torch.Tensor:

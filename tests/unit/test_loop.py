@@ -22,7 +22,7 @@ from free.sampling.request import Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
 from free.windows import FixedWindow
-from tests.unit.helpers import GaussianModel, Recorder
+from tests.unit.helpers import GaussianModel, Recorder, on_meta
 
 CPU = torch.device("cpu")
 
@@ -35,20 +35,6 @@ def _no_gradients() -> Iterator[None]:
 
 def request_for(model: Any, **given: Any) -> Request:
     return check_request(model, Options(**{"seed": 0, "impl": "reference", **given}))
-
-
-def on_meta(value: Any) -> Any:
-    """The same shapes without numbers: reading one raises, as does a copy to another device, or a shape that needs one."""
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {name: on_meta(entry) for name, entry in value.items()}
-    if isinstance(value, ReverseProcess):
-        moved = object.__new__(ReverseProcess)  # its checks read numbers
-        for field in dataclasses.fields(value):
-            object.__setattr__(moved, field.name, on_meta(getattr(value, field.name)))
-        return moved
-    return value
 
 
 def linear(process: ReverseProcess) -> LinearDrafter:
