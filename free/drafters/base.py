@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,15 @@ class Drafter(ABC):
 
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
         """Raise a ValueError if this drafter does not fit the target. Called before any work is done."""
+
+    def running(self, *, compile: bool = False, **options: Any) -> AbstractContextManager[None]:
+        """The context in which windows are proposed, under ``torch.compile`` if asked for; most have nothing to compile.
+
+        Args:
+            compile: as the target is, whose :meth:`free.Target.compile` is entered before.
+            options: further ones of ``torch.compile``.
+        """
+        return nullcontext()
 
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:

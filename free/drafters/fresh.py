@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -25,6 +27,9 @@ class Fresh(Drafter):
 
     def check(self, target: Target) -> None:
         self.drafter.check(target)
+
+    def running(self, *, compile: bool = False, **options: Any) -> AbstractContextManager[None]:
+        return self.drafter.running(compile=compile, **options)
 
     def propose(self, situation: Situation) -> Proposal:
         last = situation.last

@@ -71,7 +71,7 @@ def plan_window(
     if statistics is not None and statistics.steps != steps:
         raise ValueError(f"statistics is of {statistics.steps} steps; the process has {steps}")
     setup = Setup.of(request, drafter, WINDOWS[-1], impl)
-    with request.running(features=drafter.needs_features, compile=compile):
+    with request.running(features=drafter.needs_features, compile=compile), drafter.running(compile=compile):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             experience = Experience(statistics.tested.astype(float), statistics.accepted.astype(float))

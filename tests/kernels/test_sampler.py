@@ -41,9 +41,8 @@ def test_speculative_sampler_equals_the_reference(device: torch.device, drafter:
     torch.testing.assert_close(got.samples.cpu(), expected.samples, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", [None, 0.4])
-def test_a_relaxed_run_equals_the_reference(device: torch.device, budget: float | None) -> None:
-    relaxation = free.Relaxation(2.0, "residual", budget)
+def test_a_relaxed_run_equals_the_reference(device: torch.device) -> None:
+    relaxation = free.Relaxation(2.0, "residual", budget=0.4)
     got = run(device, "triton", "hold-output", relaxation=relaxation)
     expected = run(torch.device("cpu"), "reference", "hold-output", relaxation=relaxation)
     for name in ("rounds", "tested", "accepted"):
@@ -51,7 +50,7 @@ def test_a_relaxed_run_equals_the_reference(device: torch.device, budget: float 
     for name in ("delta_sum", "excess_acceptance", "divergence"):
         assert getattr(got.stats, name) == pytest.approx(getattr(expected.stats, name), rel=1e-4, abs=1e-9), name
     assert (expected.stats.excess_acceptance > 0).all()
-    assert budget is None or (expected.stats.excess_acceptance <= budget).all()
+    assert (expected.stats.excess_acceptance <= 0.4).all()
     torch.testing.assert_close(got.samples.cpu(), expected.samples, rtol=1e-4, atol=1e-4)
 
 

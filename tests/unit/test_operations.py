@@ -99,7 +99,7 @@ def launches(
         (15, {"name": "hold-x0", "batch": 4, "window": 4, "widest": 8}),
         (11, {"name": "hold-x0", "window": 1}),
         (70, {"name": "linear"}),
-        (107, {"name": "feature"}),
+        (84, {"name": "feature"}),
         (20, {"name": "hold-x0", "relaxation": Relaxation(1.0, "residual")}),
         (22, {"name": "hold-x0", "relaxation": Relaxation(1.0, "residual", budget=0.1)}),
         (28, {"name": "hold-x0", "relaxation": Relaxation(1.0, "learned")}),
