@@ -75,6 +75,8 @@ def check_guidance(
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | None]) -> None:
+    if tensor.shape == shape:  # nearly always, and at a fraction of the cost of what follows
+        return
     fits = tensor.dim() == len(shape) and all(
         size == want if want is not None else size > 0 for size, want in zip(tensor.shape, shape, strict=True)
     )

@@ -103,6 +103,6 @@ def _copies(into: list[torch.Tensor], source: list[torch.Tensor]) -> int:
     """Launches of ``torch._foreach_copy_``: one for tensors of one dtype that lie in memory as what is copied does."""
     pairs = list(zip(into, source, strict=True))
     together = len({(a.dtype, b.dtype) for a, b in pairs}) == 1 and all(
-        a.stride() == b.stride() and torch._prims_common.is_non_overlapping_and_dense_or_false(a) for a, b in pairs
+        a.stride() == b.stride() and a.is_contiguous() for a, b in pairs
     )
     return 1 if together else len(pairs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -18,7 +20,7 @@ class Account:
         self.num_steps = num_steps
         self.memory = torch.zeros(6 * len(seed) + 3 * num_steps, dtype=torch.int64, device=seed.device)
         """int64 [6 B + 3 S]: all of it, so that one copy takes it to the host."""
-        self.progress, self.by_step, self.spent = _parts(self.memory, num_steps)
+        self.progress, self.by_step, self.spent = _parts(self.memory, num_steps, torch.float64)
         self.reset()
 
     def reset(self) -> None:
@@ -72,22 +74,23 @@ class Report:
     def read(self) -> Known:
         if self._arrived is not None:
             self._arrived.synchronize()
-        progress, by_step, _ = (part.numpy() for part in _parts(self._memory, self._num_steps))
+        progress, by_step, _ = _parts(self._memory.numpy(), self._num_steps, np.float64)
         tested, accepted, _ = by_step.T
         return Known(progress[0], progress[1], progress[2:], tested, accepted)
 
 
-def _parts(memory: torch.Tensor, num_steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What an account's memory holds of B samples.
+def _parts(memory: Any, num_steps: int, float64: Any) -> tuple[Any, Any, Any]:
+    """What an account's memory, a tensor's or an array's, holds of B samples.
 
     - int64 [4, B]: each sample's step, its rounds, and the first step at which the model, and at which the drafter, was not
       finite (S where none was);
     - float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests;
     - float64 [B, 2]: each sample's excess acceptance and divergence.
     """
-    samples = (len(memory) - 3 * num_steps) // 6
-    progress, by_step, spent = memory.split((4 * samples, 3 * num_steps, 2 * samples))
-    return progress.view(4, -1), by_step.view(torch.float64).view(-1, 3), spent.view(torch.float64).view(-1, 2)
+    by_sample = len(memory) - 3 * num_steps
+    first, last = by_sample // 6 * 4, by_sample // 6 * 4 + 3 * num_steps
+    by_step, spent = memory[first:last].view(float64), memory[last:].view(float64)
+    return memory[:first].reshape(4, -1), by_step.reshape(-1, 3), spent.reshape(-1, 2)
 
 
 def _sent(values: torch.Tensor) -> torch.Tensor:

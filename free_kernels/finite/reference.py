@@ -9,8 +9,6 @@ import torch
 if TYPE_CHECKING:
     from free_kernels.finite import Finite
 
-INFINITY = float("inf")
-
 
 def finite(
     target_output: torch.Tensor, length: torch.Tensor, state: torch.Tensor, unconditional_output: torch.Tensor | None
@@ -21,5 +19,5 @@ def finite(
     total = target_output.sum(-1, dtype=dtype)  # [B, W]; a sum shows what is not finite in it
     if unconditional_output is not None:
         total = total + unconditional_output.sum(-1, dtype=dtype)
-    leading = (total.abs() < INFINITY).cumprod(-1).sum(-1)  # NaN compares false
-    return Finite(leading.minimum(length).clamp_(min=1), (state.abs() < INFINITY).all(-1))
+    leading = torch.isfinite(total).cumprod(-1).sum(-1)
+    return Finite(leading.minimum(length).clamp_(min=1), torch.isfinite(state).all(-1))

@@ -27,7 +27,7 @@ def tally(
         settled = (advance - 1)[:, None]
         accepted, tested = column < settled, column < settled + rejected[:, None]
         delta = torch.where(tested, squared_norm.double().sqrt(), 0.0)
-        entries = torch.stack((tested.double(), accepted.double(), delta), -1)
+        entries = torch.stack((tested, accepted, delta), -1)  # float64, as delta is
         by_step.index_add_(0, steps.flatten(), entries.flatten(0, 1))
         broken = torch.where(delta < float("inf"), num_steps, steps).amin(-1)  # NaN compares false
         drafter_broke = torch.minimum(drafter_broke, broken)
