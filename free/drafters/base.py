@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,15 @@ class Drafter(ABC):
         for step k takes from the memory may depend on evaluations at steps <= k only, this window's and all before.
         """
         return None
+
+    def running(self, *, compile: bool = False, **options: Any) -> AbstractContextManager[None]:
+        """The context in which windows are proposed, under ``torch.compile`` if asked for; most have nothing to compile.
+
+        Args:
+            compile: as the target is, whose :meth:`free.Target.compile` is entered before.
+            options: further ones of ``torch.compile``.
+        """
+        return nullcontext()
 
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:
