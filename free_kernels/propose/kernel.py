@@ -197,7 +197,7 @@ def _propose(
     previous = state if previous_x0 is None else rows_of(previous_x0)
     states = torch.empty(batch, window, numel, dtype=torch.float32, device=state.device)
     drafted = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=state.device)
-    block = min(block_size(numel), MAX_BLOCK)
+    block = min(block_size(numel), MAX_BLOCK if previous_x0 is None else MAX_BLOCK // 2)  # x0 is held through the walk too
     grid = check_programs("state", batch * triton.cdiv(numel, block))
     with on_device(state):
         propose_kernel[(grid,)](
