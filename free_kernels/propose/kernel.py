@@ -204,7 +204,8 @@ def _propose(
     previous = state if previous_x0 is None else rows_of(previous_x0)
     states = torch.empty(batch, window, numel, dtype=torch.float32, device=state.device)
     drafted = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=state.device)
-    block = block_of(numel)
+    # x0 is held through the walk too
+    block = block_of(numel) if previous_x0 is None else min(block_of(numel), MAX_BLOCK // 2)
     grid = check_programs("state", batch * triton.cdiv(numel, block))
     with on_device(state):
         propose_kernel[(grid,)](

@@ -86,13 +86,16 @@ def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int
 
 @pytest.mark.parametrize("window", [1, 4, 8])
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
-def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: int) -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: int, order: int) -> None:
     """Elementwise, so that the shapes that batches shrink through do not matter."""
     target = free.as_target(ElementwiseTarget())
+    angle = torch.linspace(1.5, 0.0, 51)
+    timestep = free.ReverseProcess.ddpm(50).timestep
     for seed in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
         common: dict[str, Any] = {
             "latents": torch.full((5, 4, 8, 8), 0.5, device="cuda"),
-            "num_inference_steps": 50,
+            "process": free.ReverseProcess.from_levels(angle.cos(), angle.sin(), timestep, order=order),
             "seed": seed,
             "window": window,
         }
@@ -102,6 +105,9 @@ def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: in
         for name in ("rounds", "tested", "accepted"):
             assert getattr(captured.stats, name).tolist() == getattr(eager.stats, name).tolist()
         assert captured.stats.seconds["round"] > 0
+        del common["window"]
+        step_by_step = [free.ancestral_sample(target, capture=capture, **common).samples for capture in (False, True)]
+        assert torch.equal(*step_by_step)
 
 
 def test_the_captured_ancestral_sampler_equals_the_eager_one_to_the_bit() -> None:
