@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepDrafter,
         as_drafter,
     )
+    from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
     from free.processes import ReverseProcess
     from free.sampling.loop import NonFiniteOutputError
     from free.sampling.planning import plan_window
@@ -53,14 +54,17 @@ __all__ = [
     "LinearDrafter",
     "ModelDrafter",
     "NonFiniteOutputError",
+    "PipelineCheck",
     "Relaxation",
     "ReverseProcess",
     "SamplingOutput",
     "SamplingStatistics",
     "Situation",
+    "Speculation",
     "StepDrafter",
     "Target",
     "TargetOutput",
+    "UnsupportedPipelineError",
     "WindowPlan",
     "__version__",
     "ancestral_sample",
@@ -68,7 +72,9 @@ __all__ = [
     "as_target",
     "average_learned_variance",
     "calibrate",
+    "check_pipeline",
     "plan_window",
+    "speculate",
     "speculative_sample",
 ]
 
@@ -86,6 +92,11 @@ _HOME = {
     "Situation": "free.drafters",
     "StepDrafter": "free.drafters",
     "as_drafter": "free.drafters",
+    "PipelineCheck": "free.pipelines",
+    "Speculation": "free.pipelines",
+    "UnsupportedPipelineError": "free.pipelines",
+    "check_pipeline": "free.pipelines",
+    "speculate": "free.pipelines",
     "ReverseProcess": "free.processes",
     "NonFiniteOutputError": "free.sampling.loop",
     "plan_window": "free.sampling.planning",
@@ -104,7 +115,7 @@ _HOME = {
     "calibrate": "free.training.calibration",
     "WindowPlan": "free.windows",
 }
-_ROOMS = ("data", "demo", "drafters", "evaluation", "processes", "sampling", "targets", "training", "windows")
+_ROOMS = ("data", "demo", "drafters", "evaluation", "pipelines", "processes", "sampling", "targets", "training", "windows")
 
 
 def __getattr__(name: str) -> Any:

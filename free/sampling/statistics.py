@@ -139,6 +139,8 @@ class SamplingStatistics:
     in ``recording``, needed once for each batch size and window."""
     total_seconds: float = 0.0
     """Wall seconds of the whole call."""
+    sampler: str = ""
+    """What was sampled, where the caller did not name it: of a pipeline, what its scheduler stands for."""
     keys: frozenset[int] = frozenset()
     """Of the samples, and of those that their windows were chosen by: what follows from these statistics has seen their
     noise, and may choose nothing for them."""
@@ -214,6 +216,7 @@ class SamplingStatistics:
         rows = [
             ("samples", f"{len(rounds)}"),
             ("steps", f"{self.steps}"),
+            *([("sampler", self.sampler)] if self.sampler else []),
             ("drafter, window", f"{self.drafter}, {self.window}"),
             ("rounds per sample", f"{rounds.mean():.1f} (least {rounds.min()}, most {rounds.max()})"),
             ("parallel efficiency", f"{self.parallel_efficiency:.2f}"),
@@ -258,4 +261,5 @@ class SamplingStatistics:
             "total_variation_limit": self.total_variation_limit,
             "seconds": dict(self.seconds),
             "total_seconds": self.total_seconds,
+            "sampler": self.sampler,
         }

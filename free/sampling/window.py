@@ -178,10 +178,19 @@ def advance(live: Live, setup: Setup, window: int, watch: Stopwatch) -> tuple[Li
         return settle(live, setup, proposed, output)
 
 
-def propose(live: Live, setup: Setup, window: int) -> Proposed:
-    """The first half of a round: drafts, and the states at which the target is wanted. Asks the target nothing."""
+def propose(live: Live, setup: Setup, window: int, until: int | None = None) -> Proposed:
+    """The first half of a round: drafts, and the states at which the target is wanted. Asks the target nothing.
+
+    Args:
+        live: the samples under way.
+        setup: of the run.
+        window: W.
+        until: a step that no sample passes in this round; those that have reached it wait, with no state that counts.
+    """
     request = setup.request
     covered = span(live.step, setup.reach, window, impl=setup.impl)
+    if until is not None:
+        covered = covered._replace(length=torch.minimum(covered.length, (until - covered.step).clamp(min=0)))
     noise, uniforms = live.noise.reach(live.seed, covered.step, window) if live.noise else (None, None)
     situation = Situation(
         live.state,

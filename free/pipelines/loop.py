@@ -1,0 +1,292 @@
+"""One denoising loop of a pipeline, by rounds: what its scheduler's ``step`` does while it is speculated.
+
+The first round is one plain step of all samples, in which the pipeline shows its latents. From then on the latents are the
+states that a round asks about, and ``step`` settles the round, drafts the next, and hands out its states; the last ``step``
+hands out the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from free.drafters import Drafter
+from free.pipelines.errors import UnsupportedPipelineError
+from free.pipelines.rows import Layout, Rows, Timestep, plain
+from free.pipelines.target import PipelineTarget
+from free.processes import ReverseProcess
+from free.sampling.loop import Run, Turn
+from free.sampling.relaxation import Relaxation
+from free.sampling.request import Request
+from free.sampling.window import Proposed, Setup, propose, settle
+from free.targets import TargetOutput
+from free.windows import Schedule
+
+Watch = Callable[[Proposed, torch.Tensor, Turn], None]
+"""Of a round: what was asked, what was answered [N, *sample shape], and what came of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a loop is asked to do, from its caller and its pipeline."""
+
+    networks: dict[str, torch.nn.Module]
+    process: Callable[[dict[str, Any]], ReverseProcess]
+    """Of the whole schedule, given the arguments of the first ``step``."""
+    schedule: Schedule
+    drafter: Drafter
+    relaxation: Relaxation | None
+    seed: Sequence[int] | None
+    """One a sample; None makes them of the latents."""
+    impl: str
+    copies: int = 1
+    """How often the pipeline keeps its samples in its latents: 2 where guidance has doubled them before the loop."""
+    barrier: Callable[[torch.Tensor], bool] | None = None
+    """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
+    watch: Watch | None = None
+    """Told of every round."""
+
+
+class Loop:
+    """One pass of a pipeline over its scheduler's timesteps.
+
+    Args:
+        plan: what is asked for.
+        timesteps: [S'] that the pipeline iterates.
+        first: the scheduler's step of the first of them.
+    """
+
+    def __init__(self, plan: Plan, timesteps: torch.Tensor, first: int) -> None:
+        self.plan, self.timesteps, self.first = plan, timesteps, first
+        self.shown: torch.Tensor | None = None
+        """What the loop was given last; None outside it."""
+        self.run: Run | None = None
+        self.interrupted = False
+        """Whether the pipeline has been given what is settled, and may pass through the rest."""
+        self._begin = 0
+        self._answered = False
+        self._carries_over = False
+        self._layout: Layout | None = None
+        self._proposed: Proposed | None = None
+        self._window = 1
+        self._handed_out: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        try:
+            for begin, timestep in enumerate(self.timesteps):
+                self._begin, self.shown = begin, timestep
+                yield timestep
+                if self.run is not None:
+                    break
+            while self.run is not None and self.run.unfinished:
+                assert self._layout is not None
+                self._answered = False
+                self.shown = Timestep.of(self._layout.shown.clone(), self._layout.timestep, self._layout)
+                yield self.shown
+                if self.interrupted:
+                    break
+                if not self._answered:
+                    raise UnsupportedPipelineError(
+                        "the pipeline went through a round without a call of scheduler.step; it cannot be speculated"
+                    )
+        finally:
+            self.shown = None
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the latents are the states of a round."""
+        return self.run is not None
+
+    def step(self, model_output: torch.Tensor, sample: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """Settle the round that ``model_output`` answers; the next round's states, or the samples.
+
+        Args:
+            model_output: guided, a row a state of the round.
+            sample: those states, as the pipeline has them.
+            arguments: the others of the scheduler's ``step``.
+        """
+        if self.shown is None:
+            raise UnsupportedPipelineError(
+                "the pipeline calls scheduler.step outside a loop over scheduler.timesteps; it cannot be speculated"
+            )
+        if self._answered:
+            raise UnsupportedPipelineError(
+                "the pipeline calls scheduler.step twice for one timestep (two latents that share a scheduler?); it cannot "
+                "be speculated"
+            )
+        output, sample = plain(model_output), plain(sample)
+        if output.shape != sample.shape:
+            raise UnsupportedPipelineError(
+                f"scheduler.step is given an output of shape {tuple(output.shape)} for a sample of {tuple(sample.shape)}: "
+                "the pipeline works with a fixed number of rows, or with a learned variance, and cannot be speculated"
+            )
+        rows = len(sample) // self.plan.copies
+        if self.run is None:
+            self._start(sample[:rows], arguments)
+        elif (
+            self._handed_out is None
+            or sample.shape != self._handed_out.shape
+            or not torch.equal(sample, self._handed_out.to(sample.dtype))
+        ):
+            raise UnsupportedPipelineError(
+                "the latents were changed between two steps (inpainting by blending, or a callback that returns latents); "
+                "that is another process, which cannot be speculated"
+            )
+        self._answered = True
+        self._settle(output[:rows])
+        return self._hand_out()
+
+    def settled(self) -> torch.Tensor:
+        """[B, *sample shape], in the pipeline's dtype: where each sample stands."""
+        assert self.run is not None
+        state, live = self.run.state.clone(), self.run.live
+        state[live.index] = live.state
+        return state.view(-1, *self.run.setup.request.sample_shape).to(self._dtype)
+
+    def settled_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, ...]: the settled samples as the pipeline keeps them in ``latents``."""
+        settled = self.settled()
+        if latents.shape[1:] == settled.shape[1:]:
+            return torch.cat([settled] * self.plan.copies)
+        if not isinstance(latents, Rows):
+            return latents
+        # in another shape than the scheduler sees: the first state of each sample is the settled one
+        batch = torch.arange(len(settled), device=latents.device)
+        return plain(latents)[(latents.place.sample[:, None] == batch).int().argmax(0)]
+
+    def timestep(self) -> torch.Tensor:
+        """[B]: of each sample's last settled step."""
+        assert self.run is not None
+        step = torch.from_numpy(self.run.known.step - 1)
+        return self.run.setup.request.process.timestep[step.to(self.run.state.device)]
+
+    def _start(self, sample: torch.Tensor, arguments: dict[str, Any]) -> None:
+        plan = self.plan
+        begin = self.first + self._begin
+        process = steps_of(plan.process(arguments), begin, self.first + len(self.timesteps)).to(sample.device)
+        if not torch.equal(process.timestep.to(self.timesteps), self.timesteps[self._begin :]):
+            raise UnsupportedPipelineError("the pipeline iterates other timesteps than its scheduler's process has")
+        if not torch.isfinite(sample).all():
+            raise ValueError("latents holds NaN or infinity; allowed are finite numbers")
+        self._dtype, shape = sample.dtype, tuple(sample.shape[1:])
+        state = sample.detach().float().flatten(1)
+        if plan.seed is not None and len(plan.seed) != len(sample):
+            raise ValueError(f"seed speaks of {len(plan.seed)} samples; the pipeline draws {len(sample)}")
+        keys = plan.seed if plan.seed is not None else keys_of(state)
+        target = PipelineTarget(plan.networks, shape)
+        plan.drafter.check(target)
+        seed = torch.tensor(keys, dtype=torch.int64, device=sample.device)
+        request = Request(target, process, {}, 1.0, shape, seed, state)
+        if not plan.schedule.keys.isdisjoint(request.keys):
+            raise ValueError(
+                "window is a plan that was made from statistics of the same latents: it has seen their noise, and would "
+                "bias the samples; allowed are other latents, or a plan that was made without statistics"
+            )
+        if plan.relaxation is not None:
+            plan.relaxation.check(target, process)
+        reach = plan.schedule.reach(process)
+        setup = Setup.of(request, plan.drafter, plan.schedule.widest, plan.impl, reach, plan.relaxation)
+        self.run = Run(setup)
+        self.run.begin(plan.schedule)
+        self._barriers = self._find_barriers(process)
+        with request.running():
+            self._proposed = propose(self.run.live, setup, self._window)
+        self._batch = len(sample)
+
+    def _find_barriers(self, process: ReverseProcess) -> list[int]:
+        """Steps that all samples reach before any passes, ascending; the last is S."""
+        steps = [process.num_steps]
+        if self.plan.barrier is not None:
+            side = [self.plan.barrier(timestep) for timestep in process.timestep]
+            steps = [k for k in range(1, len(side)) if side[k] != side[k - 1]] + steps
+        return steps
+
+    def _settle(self, output: torch.Tensor) -> None:
+        run, proposed = self.run, self._proposed
+        assert run is not None
+        assert proposed is not None
+        states = len(proposed.query.states)
+        if len(output) < states:
+            raise UnsupportedPipelineError(f"scheduler.step is given {len(output)} rows where the round has {states} states")
+        with run.setup.request.running(), run.watch("verification"):
+            live, done = settle(run.live, run.setup, proposed, TargetOutput(output[:states]))
+        run.account.add(live, done)
+        turn = run.enter(live, done, self._window)
+        if self.plan.watch is not None:
+            self.plan.watch(proposed, output[:states], turn)
+        run.release()
+
+    def _hand_out(self) -> torch.Tensor:
+        """The next round's states, or the samples; drafts where there is something to draft."""
+        run = self.run
+        assert run is not None
+        request = run.setup.request
+        device, number = run.state.device, self._layout.number + 1 if self._layout else 1
+        if run.unfinished:
+            until = next(step for step in self._barriers if step > int(run.known.step.min()))
+            self._window = run.next_window()
+            with request.running(), run.watch("draft"):
+                self._proposed = propose(run.live, run.setup, self._window, until)
+            query = self._proposed.query
+            sample, states, step = run.live.index[query.sample], query.states, query.step.clamp(max=until - 1)
+            if self._carries_over:  # a state of each finished sample, whose answer nobody reads
+                rest = torch.ones(self._batch, dtype=torch.bool, device=device)
+                rest[sample] = False
+                rest = rest.nonzero()[:, 0]
+                sample, step = torch.cat((sample, rest)), torch.cat((step, torch.full_like(rest, until - 1)))
+                states = torch.cat((states, self.settled().flatten(1)[rest].float()))
+            self._layout = self._lay_out(number, sample, request.process.timestep[step])
+            handed_out: torch.Tensor = self._as_latents(states)
+            self._handed_out = handed_out
+            return Rows.of(handed_out.clone(), self._layout)
+        samples = self._as_latents(self.settled())
+        if not self._carries_over:
+            return samples
+        everyone = torch.arange(self._batch, device=device)
+        last = request.process.timestep[-1].expand(self._batch)
+        return Rows.of(samples, self._lay_out(number, everyone, last))
+
+    def _lay_out(self, number: int, sample: torch.Tensor, timestep: torch.Tensor) -> Layout:
+        timestep = timestep.to(self.timesteps)
+        # where the pipeline makes a number of it, the largest says most about how: 0 is the same in any unit
+        return Layout(number, sample, self._batch, timestep, timestep[timestep.abs().argmax()], self._carry_over)
+
+    def _as_latents(self, states: torch.Tensor) -> torch.Tensor:
+        assert self.run is not None
+        latents = states.view(-1, *self.run.setup.request.sample_shape).to(self._dtype)
+        return torch.cat([latents] * self.plan.copies) if self.plan.copies > 1 else latents
+
+    def _carry_over(self) -> None:
+        self._carries_over = True
+
+
+def keys_of(state: torch.Tensor) -> list[int]:
+    """int64 keys of states [B, D]: the same for the same initial state, whatever else is in the batch; of equal states the
+    second, third … have keys of their own.
+    """
+    keys, seen = [], dict[bytes, int]()
+    for row in state.cpu().contiguous():
+        content = row.numpy().tobytes()
+        seen[content] = seen.get(content, -1) + 1
+        digest = hashlib.sha256(content + seen[content].to_bytes(8, "little")).digest()
+        keys.append(int.from_bytes(digest[:8], "little", signed=True))
+    return keys
+
+
+def steps_of(process: ReverseProcess, first: int, last: int) -> ReverseProcess:
+    """Steps ``first`` … ``last - 1`` of a process, as a process."""
+    if (first, last) == (0, process.num_steps):
+        return process
+    columns: dict[str, Any] = {
+        field.name: value[first:last]
+        for field in fields(process)
+        if field.init and isinstance(value := getattr(process, field.name), torch.Tensor)
+    }
+    if "memory" in columns:
+        # nothing is remembered of before: the first step is of first order
+        columns["memory"] = torch.cat((torch.zeros_like(columns["memory"][:1]), columns["memory"][1:]))
+    return replace(process, **columns)

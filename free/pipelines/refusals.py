@@ -1,0 +1,108 @@
+"""What is refused by name before any work is done, because it would silently sample something else.
+
+In a pipeline's loop the counter counts rounds, not steps, and the rows of a round are states of different steps. What a
+pipeline decides by its counter, or by the timestep as a number, is therefore wrong while it is speculated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from free.pipelines.errors import UnsupportedPipelineError
+
+
+def _none(value: Any) -> bool:
+    return value is None
+
+
+def _zero(value: Any) -> bool:
+    return value is None or (not value if not isinstance(value, (list, tuple)) else not any(value))
+
+
+def _one(value: Any) -> bool:
+    return value is None or (value == 1 if not isinstance(value, (list, tuple)) else all(one == 1 for one in value))
+
+
+def _at_least_one(value: Any) -> bool:
+    return value is None or value >= 1
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "skip_guidance_layers": (_none, "None", "layers are skipped by the number of the step"),
+    "cfg_trunc_ratio": (_at_least_one, "1", "guidance ends by the number of the step"),
+    "cfg_truncation": (_at_least_one, "1", "guidance ends by the timestep"),
+    "control_guidance_start": (_zero, "0", "the ControlNet begins by the number of the step"),
+    "control_guidance_end": (_one, "1", "the ControlNet ends by the number of the step"),
+    "adapter_conditioning_factor": (_one, "1", "the adapter ends by the number of the step"),
+    "use_dynamic_cfg": (_zero, "False", "the guidance scale follows the timestep"),
+    "pag_adaptive_scale": (_zero, "0", "the guidance scale follows the timestep"),
+    "guidance_schedule": (_none, "None", "the guidance scale follows the number of the step"),
+    "callback_steps": (lambda value: value in (None, 1), "1", "the callback is called by the number of the step"),
+    "enable_temporal_reasoning": (_zero, "False", "frames are dropped at a step's number"),
+}
+"""Argument of a call: what is allowed, in words, and why the rest is not."""
+
+PIPELINES: dict[str, str] = {
+    "Cosmos": "it scales the network's input and output by sigmas[i], i being the number of the step",
+    "LTX2": "two schedulers, of pictures and of sound, have to go at one pace",
+    "StableVideoDiffusion": "its scheduler is EDM's in continuous time, with a network preconditioned by it",
+    "LEditsPP": "it edits by the number of the step",
+    "StableDiffusionLatentUpscale": "it preconditions the network by sigmas[i], i being the number of the step",
+    "AnyFlow": "its network is told where the step ends, by the number of the step",
+    "KandinskyPrior": "it looks up the next timestep by the number of the step",
+    "KandinskyV22Prior": "it looks up the next timestep by the number of the step",
+    "Ideogram4": "the guidance scale follows the number of the step",
+    "HeliosPyramid": "it changes what it does by the number of the step",
+    "Flux2KleinKV": "its network keeps keys and values of the first step",
+}
+"""Beginning of a class's name, and why such a pipeline cannot be speculated."""
+
+
+PERTURBED = "perturbed attention guidance copies latents by the number of prompts, and layers count on it"
+"""Why pipelines of PAG are refused, whatever their name begins with."""
+
+
+def check_pipeline_class(pipe: Any) -> None:
+    """Raise for a pipeline that cannot be speculated whatever it is asked for."""
+    from diffusers import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe is a {type(pipe).__name__}; allowed is a diffusers DiffusionPipeline")
+    name = type(pipe).__name__
+    if "PAG" in name:
+        raise UnsupportedPipelineError(f"pipe is a {name}, which cannot be speculated: {PERTURBED}")
+    for beginning, reason in PIPELINES.items():
+        if name.startswith(beginning):
+            raise UnsupportedPipelineError(f"pipe is a {name}, which cannot be speculated: {reason}")
+    schedulers = [key for key, value in pipe.components.items() if isinstance(value, SchedulerMixin)]
+    # a low_res_scheduler only adds noise to what the pipeline starts from
+    if [key for key in schedulers if key != "low_res_scheduler"] != ["scheduler"]:
+        raise UnsupportedPipelineError(f"pipe is a {name} with the schedulers {schedulers}; allowed is one, 'scheduler'")
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise for arguments of a pipeline's call that cannot be speculated."""
+    for name, (allowed, words, reason) in ARGUMENTS.items():
+        if name in arguments and not allowed(arguments[name]):
+            raise UnsupportedPipelineError(f"{name} is {arguments[name]!r}; while speculating allowed is {words}: {reason}")
+
+
+def check_guider(pipe: Any) -> None:
+    """Raise for a guider that follows the number of the step, or remembers."""
+    guider = getattr(pipe, "guider", None)
+    if guider is None:
+        return
+    name = type(guider).__name__
+    start, stop = getattr(guider, "_start", 0.0), getattr(guider, "_stop", 1.0)
+    if start > 0 or stop < 1:
+        raise UnsupportedPipelineError(
+            f"guider is a {name} from {start} to {stop} of the steps; while speculating allowed is 0 to 1: it counts rounds"
+        )
+    if name not in GUIDERS:
+        raise UnsupportedPipelineError(f"guider is a {name}; while speculating allowed are {', '.join(GUIDERS)}")
+
+
+GUIDERS = ("ClassifierFreeGuidance", "TangentialClassifierFreeGuidance")
+"""Those whose guidance is a function of the two answers alone."""

@@ -1,0 +1,1 @@
+"""Pipelines of tiny random components, and what must hold while they are speculated."""

@@ -1,0 +1,172 @@
+"""What cannot be speculated is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+
+import free
+from free.pipelines.refusals import ARGUMENTS, PIPELINES, check_arguments
+from tests.pipelines import conditioned, images, videos  # noqa: F401
+from tests.pipelines.parts import CASES, assemble, ddpm, image_vae, picture, prompts, unet
+from tests.pipelines.stubs import class_pipeline, draw
+from tests.pipelines.test_calls import diffusion
+
+
+def test_arguments_of_the_call() -> None:
+    wrong: dict[str, Any] = {
+        "skip_guidance_layers": [7],
+        "cfg_trunc_ratio": 0.25,
+        "cfg_truncation": 0.5,
+        "control_guidance_start": 0.1,
+        "control_guidance_end": [1.0, 0.5],
+        "adapter_conditioning_factor": 0.5,
+        "use_dynamic_cfg": True,
+        "pag_adaptive_scale": 0.5,
+        "guidance_schedule": [1.0],
+        "callback_steps": 2,
+        "enable_temporal_reasoning": True,
+    }
+    assert wrong.keys() == ARGUMENTS.keys()
+    for name, value in wrong.items():
+        with pytest.raises(free.UnsupportedPipelineError, match=name):
+            check_arguments({name: value})
+    check_arguments({"control_guidance_end": [1.0, 1.0], "control_guidance_start": 0.0, "cfg_trunc_ratio": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("case", "argument"), [("CogVideoXPipeline", "use_dynamic_cfg"), ("Lumina2Pipeline", "cfg_trunc_ratio")]
+)
+def test_an_argument_is_refused_before_any_work(case: str, argument: str) -> None:
+    pipe, call = CASES[case].make()
+    pipe.transformer.forward = None  # nobody gets there
+    wrong = {"use_dynamic_cfg": True, "cfg_trunc_ratio": 0.5}[argument]
+    with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match=argument):
+        pipe(**call, **{argument: wrong})
+
+
+def test_names_of_refused_pipelines_are_of_diffusers() -> None:
+    import diffusers
+
+    for beginning in PIPELINES:
+        assert any(name.startswith(beginning) and "Pipeline" in name for name in dir(diffusers)), beginning
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler(), UniPCMultistepScheduler()])
+def test_schedulers_that_stand_for_no_process(scheduler: Any) -> None:
+    pipe, call = diffusion()
+    own = pipe.scheduler = scheduler
+    with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match=type(scheduler).__name__):
+        pipe(**call)
+    assert pipe.scheduler is own
+
+
+def test_a_deterministic_scheduler_warns_once_and_is_named() -> None:
+    pipe, call = CASES["FluxPipeline"].make()
+    call["num_inference_steps"] = 3
+    with free.speculate(pipe) as run:
+        with pytest.warns(UserWarning, match="FlowMatchEulerDiscreteScheduler is deterministic"):
+            pipe(**call)
+        pipe(**call)
+    assert "FlowMatchEulerDiscreteScheduler" in run.stats.sampler
+    with free.speculate(pipe, eta=0.5) as run:
+        pipe(**call)
+    assert "eta 0.5" in run.stats.sampler
+
+
+def test_an_eta_of_the_call_counts_and_may_not_contradict() -> None:
+    from diffusers import DDIMScheduler
+
+    pipe, call = diffusion(eta=0.5)
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    with free.speculate(pipe) as run:
+        pipe(**call)
+    expected = free.ReverseProcess.from_scheduler(DDIMScheduler(clip_sample=False), 6, eta=0.5)
+    torch.testing.assert_close(run.process.std, expected.std)
+    with free.speculate(pipe, eta=1.0), pytest.raises(free.UnsupportedPipelineError, match=r"eta is 0\.5"):
+        pipe(**call)
+
+
+def test_blending_between_steps() -> None:
+    pipe = assemble(
+        "StableDiffusionInpaintPipeline",
+        unet=unet().eval(),
+        vae=image_vae(),
+        scheduler=ddpm(),
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.eval()
+    call = prompts(6, 8) | {"image": picture(), "mask_image": picture(1), "height": 64, "width": 64}
+    with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match=r"looks up timesteps|were changed"):
+        pipe(**call, num_inference_steps=4, output_type="latent")
+
+
+def test_networks_that_are_not_functions_of_their_input() -> None:
+    pipe, call = diffusion()
+    pipe.unet.train()
+    with free.speculate(pipe), pytest.raises(ValueError, match="unet: model is in train mode"):
+        pipe(**call)
+
+
+def test_guidance_that_is_written_for_a_number_of_samples() -> None:
+    pipe, call = CASES["ZImagePipeline"].make()
+    call |= {"guidance_scale": 3.0, "negative_prompt_embeds": call["prompt_embeds"][::-1]}
+    with (
+        free.speculate(pipe),
+        pytest.warns(UserWarning, match="deterministic"),
+        pytest.raises(free.UnsupportedPipelineError, match="shape"),
+    ):
+        pipe(**call)
+
+
+def test_a_network_in_a_pipeline_of_two_schedulers() -> None:
+    schedulers = {"scheduler": DDPMScheduler(), "prior_scheduler": DDPMScheduler()}
+    pipe = assemble("KandinskyV22CombinedPipeline", movq=image_vae(), **schedulers)
+    with pytest.raises(free.UnsupportedPipelineError, match="prior_scheduler"):
+        free.speculate(pipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"window": 0}, ValueError, "window is 0"),
+        ({"window": "auto"}, ValueError, "window is 'auto'"),
+        ({"drafter": "best"}, ValueError, "drafter is 'best'"),
+        ({"drafter": torch.nn.Linear(1, 1).eval()}, ValueError, "asks for the target's conditioning"),
+        ({"relaxation": 1.0}, TypeError, "relaxation is a float"),
+        ({"relaxation": free.Relaxation(strength=1.0, uncertainty="learned")}, ValueError, "learned variance"),
+        ({"seed": 3}, ValueError, "seed is 3"),
+        ({"seed": [1.5, 2.0]}, ValueError, "seed holds 1.5"),
+    ],
+)
+def test_arguments_of_the_door(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        free.speculate(class_pipeline(), **arguments)
+
+
+def test_perturbed_attention_guidance() -> None:
+    pipe = assemble("StableDiffusionPAGPipeline", unet=unet(), scheduler=ddpm(), requires_safety_checker=False)
+    with pytest.raises(free.UnsupportedPipelineError, match="perturbed attention"):
+        free.speculate(pipe)
+
+
+def test_something_that_is_no_pipeline() -> None:
+    with pytest.raises(TypeError, match="pipe is a Linear"):
+        free.speculate(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_outputs_that_are_not_finite() -> None:
+    pipe = class_pipeline(scale=float("nan"))
+    with free.speculate(pipe), pytest.raises(free.NonFiniteOutputError, match="step 0"):
+        draw(pipe, [1])
+
+
+def test_a_wrong_option_of_the_process() -> None:
+    pipe, call = CASES["StableDiffusion3Pipeline"].make()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with free.speculate(pipe, variance="beta"), pytest.raises(free.UnsupportedPipelineError, match="variance"):
+        pipe(**call)
