@@ -17,7 +17,7 @@ SEEDS = [5, 2**41 + 3, -17, 6, 1234567, 2**63 - 1, 0]
 SHAPES = [(6,), (2, 3, 4), (301,)]
 LARGE = (4, 32, 32)
 """Large enough for torch to split a reduction or a loop among threads."""
-DRAFTERS = ["hold-x0", "hold-output", "shifted"]
+DRAFTERS = ["hold-x0", "hold-output", "gains", "shifted"]
 
 
 def make_process(clip: bool = False) -> free.ReverseProcess:
@@ -71,7 +71,12 @@ def test_a_window_of_one_is_the_ancestral_sampler(shape: tuple[int, ...], drafte
 
 @pytest.mark.parametrize(
     ("shape", "drafter", "guidance_scale"),
-    [*itertools.product(SHAPES, DRAFTERS, [1.0, 2.0]), (LARGE, "hold-x0", 1.0), (LARGE, "shifted", 2.0)],
+    [
+        *itertools.product(SHAPES, DRAFTERS, [1.0, 2.0]),
+        (LARGE, "hold-x0", 1.0),
+        (LARGE, "gains", 1.0),
+        (LARGE, "shifted", 2.0),
+    ],
 )
 def test_a_sample_does_not_depend_on_its_batch(shape: tuple[int, ...], drafter: str, guidance_scale: float) -> None:
     process = make_process()

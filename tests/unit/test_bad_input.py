@@ -116,7 +116,7 @@ def test_samplers(model: Recorder, sample: Callable[..., Any], given: dict[str, 
         ({"window": -4}, r"window is -4; allowed is an int, 1 or more"),
         ({"window": 2.0}, r"window is 2\.0; allowed is an int, 1 or more"),
         ({"window": True}, r"window is True; allowed is an int, 1 or more"),
-        ({"drafter": "hold"}, r"drafter is 'hold'; known are 'hold-x0', 'hold-output', or a Drafter, or a model"),
+        ({"drafter": "hold"}, r"drafter is 'hold'; known are 'hold-x0', 'hold-output', 'gains', or a Drafter, or a model"),
         ({"drafter": ""}, r"drafter is ''; known are 'hold-x0', 'hold-output'"),
     ],
 )
