@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from free_kernels import HOLD_DRAFTS, StepTable
+from free_kernels import HOLD_DRAFTS, Patches, Scales, StepTable
 
 ARCHITECTURES = (80, 89, 90, 100)
 _TYPES = {
@@ -199,6 +199,10 @@ def _launches() -> Iterator[str]:
             relaxation.relaxed_tau(uncertainty, 1.5, None, None, None)
             relaxation.relaxed_tau(uncertainty, 1.5, column_sums, sums[:2, :2], 0.5)
 
+    for dtype, clips, cut in _patches():
+        yield ", ".join((_name(dtype), "{} groups, patches {} by {} by {}".format(*cut), *["clipped"] * clips))
+        _launch_gains(dtype, plain._replace(clip_range=1.0 if clips else None), cut)
+
     for variant in _variants():
         yield variant.label
         table = plain._replace(clip_range=1.0 if variant.clips else None)
@@ -221,6 +225,40 @@ def _launches() -> Iterator[str]:
             posterior.posterior(first[0], first[1], index, index, table, first[2], scale, first[3])
         else:
             posterior.posterior_with_memory(first[0], first[1], x0, index, index, table, first[2], scale, first[3])
+
+
+def _patches() -> Iterator[tuple[torch.dtype, bool, tuple[int, int, int, int]]]:
+    """Groups, channels, rows and columns: colours, channels apart, few numbers; every dtype, clipped and not."""
+    yield torch.bfloat16, False, (1, 3, 32, 32)
+    yield torch.float32, True, (4, 1, 32, 32)
+    yield torch.float16, False, (16, 1, 16, 32)
+    yield torch.float32, False, (1, 1, 2, 32)
+    yield torch.bfloat16, True, (3, 1, 7, 5)
+
+
+def _launch_gains(dtype: torch.dtype, table: StepTable, cut: tuple[int, int, int, int]) -> None:
+    learn_gains = import_module("free_kernels.learn_gains.kernel")
+    gain_correction = import_module("free_kernels.gain_correction.kernel")
+    groups, channels, rows, columns = cut
+    size, window = channels * rows * columns, 8
+    numel, bands = 2 * groups * size, min(size, 46 * channels)
+    index, states = torch.zeros(2, dtype=torch.int64), torch.empty(2, window, numel)
+    patches = Patches(
+        torch.empty(channels, channels),
+        torch.empty(rows, rows),
+        torch.empty(columns, columns),
+        torch.empty(channels * rows, channels * rows),
+        torch.zeros(numel, dtype=torch.int64),
+        False,
+        torch.zeros(size, dtype=torch.int64),
+        torch.empty(size, bands),
+        torch.empty(bands),
+        groups,
+    )
+    scales, sums = Scales(table.std, table.std), torch.empty(2, window, 2, 2, groups * bands)
+    known, output = (states, states, sums, index, index), states.to(dtype)
+    learn_gains.learn_gains(states, output, index, index, *known, table, scales, patches, (0.5, 0.5), output, 1.5)
+    gain_correction.gain_correction(states, index, *known, table, scales, patches, 0.1)
 
 
 @dataclass(frozen=True)
