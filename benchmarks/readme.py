@@ -26,6 +26,7 @@ _COMPARED = {
     "digits": "the digits DiT (64 numbers a sample)",
     "photo_dit": "the photo testbed's DiT (3072 numbers a sample)",
 }
+_ENOUGH = 400  # samples
 _SHARES = ("DiT-XL/2", "DiT-S/2")
 
 Row = dict[str, Any]
@@ -278,7 +279,7 @@ def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
 
 def relaxation(rows: Mapping[str, Rows]) -> str:
     """Markdown: exact, relaxed and fewer steps, with how far each is from real data."""
-    latest = _newest(rows["quality"], "device", "model", "steps", "window", "strength", "uncertainty", "samples")
+    latest = _newest(of_enough(rows["quality"]), "device", "model", "steps", "window", "strength", "uncertainty", "samples")
     parts = []
     for model in dict.fromkeys(row["model"] for row in latest):
         own = [row for row in latest if row["model"] == model]
@@ -304,6 +305,11 @@ def relaxation(rows: Mapping[str, Rows]) -> str:
         parts.append(_table(header, lines))
         parts.append(f"![distance from real data over rounds, {model}](../benchmarks/results/{quality_path(model).name})")
     return "\n" + "\n\n".join(parts) + "\n\n" if parts else "\n"
+
+
+def of_enough(rows: Rows) -> list[Row]:
+    """Those of samples enough that the distances' errors are smaller than what is compared."""
+    return [row for row in rows if row["samples"] >= _ENOUGH]
 
 
 def quality_path(model: str) -> Path:

@@ -148,7 +148,7 @@ def test_exact_relaxed_and_fewer_steps_stand_side_by_side() -> None:
         "device": "CPU",
         "model": "digits",
         "guidance_scale": 1.0,
-        "samples": 9,
+        "samples": 400,
         "drafter": "hold-x0",
         "uncertainty": None,
     }
