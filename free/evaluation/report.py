@@ -228,7 +228,7 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
             panel.grid(alpha=0.3)
     figure.legend(*panels[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(
-        f"model {rows[0]['model']}, {rows[0]['samples']} samples each; points are named by S, relaxed ones (×) by their strength"
+        f"model {rows[0]['model']}, {rows[0]['samples']} samples each; points are named by S, relaxed ones (×) by strength"
     )
     figure.savefig(output, dpi=110)
 
