@@ -1,7 +1,7 @@
 """What a seed draws stays what it was: samples of the revision before a round was split in two, in ``samples.json``.
 
-A change of the arithmetic may move the last digits, and then says so; a change of the algorithm moves all of them. Numbers are
-compared and not their hash, since another processor's logarithm differs in the last bit.
+A change of the arithmetic may move the last digits, and then says so; a change of the algorithm moves all of them. Numbers
+are compared and not their hash, since another processor's logarithm differs in the last bit.
 """
 
 from __future__ import annotations
