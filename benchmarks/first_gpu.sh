@@ -96,7 +96,7 @@ print(torch.cuda.get_device_name(), torch.cuda.mem_get_info()) if torch.cuda.is_
     tests "the samplers" 130 tests/integration/test_gpu.py
     tests "the kernels against the reference" 150 tests/kernels -m gpu --deselect tests/kernels/test_gpu.py
     # its rows go to a folder of its own
-    run "dry run of the benchmark" 120 python -m benchmarks.gpu --toy
+    run "dry run of the benchmark" 300 python -m benchmarks.gpu --toy
     ;;
 xl)
     measure "XL/2, one sample" 520 --part end-to-end --models DiT-XL/2 --batches 1

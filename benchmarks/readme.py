@@ -1,4 +1,4 @@
-"""The README's measured tables, written from the rows: ``python -m benchmarks.readme`` (and ``benchmarks.draw``)."""
+"""The measured tables of README and docs, from the rows: ``python -m benchmarks.readme`` (and ``benchmarks.draw``)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.end_to_end import BENCHMARK, BY_IMPLEMENTATION, COMPARED
 from benchmarks.figures import figure_path
 from benchmarks.latency import BEST, IMPLEMENTATIONS
 from benchmarks.models import GUIDANCE
+from benchmarks.peers import peers
 from benchmarks.record import matches
 from benchmarks.rows import RESULTS, read_rows
 from free.evaluation.rows import ROOT
 
-README = ROOT / "README.md"
-_NAMES = ("gpu", "sampler", "compare", "quality")
+_NAMES = ("gpu", "sampler", "compare", "quality", "picard")
 _SHOWN_WINDOWS = (8, 32)
 _WIDE = (4, 8, 16, 32, 64)
 _NO_GPU = (
@@ -26,23 +26,23 @@ _COMPARED = {
     "digits": "the digits DiT (64 numbers a sample)",
     "photo_dit": "the photo testbed's DiT (3072 numbers a sample)",
 }
+_ENOUGH = 400  # samples
 _SHARES = ("DiT-XL/2", "DiT-S/2")
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
 
 
-def write_blocks(readme: Path = README) -> None:
-    """Put what the committed rows say between the README's marks.
+def write_blocks() -> None:
+    """Put what the committed rows say between the marks of each page.
 
     Raises:
-        ValueError: the README lacks the marks of a block.
+        ValueError: a page lacks the marks of its block.
     """
-    text, rows = readme.read_text(encoding="utf-8"), committed_rows()
-    for name, block in BLOCKS.items():
-        before, _, after = split(text, name)
-        text = f"{before}{block(rows)}{after}"
-    readme.write_text(text, encoding="utf-8")
+    rows = committed_rows()
+    for name, (page, block) in BLOCKS.items():
+        before, _, after = split(page.read_text(encoding="utf-8"), name)
+        page.write_text(f"{before}{block(rows)}{after}", encoding="utf-8")
 
 
 def committed_rows() -> dict[str, list[Row]]:
@@ -57,7 +57,7 @@ def split(text: str, name: str) -> tuple[str, str, str]:
     before, begin, rest = text.partition(first)
     between, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the README lacks {first!r} or {last!r}")
+        raise ValueError(f"the page lacks {first!r} or {last!r}")
     return before + begin, between, end + after
 
 
@@ -279,7 +279,7 @@ def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
 
 def relaxation(rows: Mapping[str, Rows]) -> str:
     """Markdown: exact, relaxed and fewer steps, with how far each is from real data."""
-    latest = _newest(rows["quality"], "device", "model", "steps", "window", "strength", "uncertainty", "samples")
+    latest = _newest(of_enough(rows["quality"]), "device", "model", "steps", "window", "strength", "uncertainty", "samples")
     parts = []
     for model in dict.fromkeys(row["model"] for row in latest):
         own = [row for row in latest if row["model"] == model]
@@ -303,8 +303,13 @@ def relaxation(rows: Mapping[str, Rows]) -> str:
         )
         header = ("sampler", "S", "rounds", "S / rounds", "certified bound", "energy distance", "Fréchet distance")
         parts.append(_table(header, lines))
-        parts.append(f"![distance from real data over rounds, {model}](benchmarks/results/{quality_path(model).name})")
+        parts.append(f"![distance from real data over rounds, {model}](../benchmarks/results/{quality_path(model).name})")
     return "\n" + "\n\n".join(parts) + "\n\n" if parts else "\n"
+
+
+def of_enough(rows: Rows) -> list[Row]:
+    """Those of samples enough that the distances' errors are smaller than what is compared."""
+    return [row for row in rows if row["samples"] >= _ENOUGH]
 
 
 def quality_path(model: str) -> Path:
@@ -326,15 +331,19 @@ def _newest(rows: Rows, *names: str) -> list[Row]:
 
 
 def _image(kind: str, words: str, device: str) -> str:
-    return f"![{words}, {device}](benchmarks/results/{figure_path(kind, device).name})"
+    return f"![{words}, {device}](../benchmarks/results/{figure_path(kind, device).name})"
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 
-BLOCKS: dict[str, Callable[[Mapping[str, Rows]], str]] = {"performance": performance, "relaxation": relaxation}
-"""What stands between each pair of marks."""
+BLOCKS: dict[str, tuple[Path, Callable[[Mapping[str, Rows]], str]]] = {
+    "peers": (ROOT / "README.md", peers),
+    "performance": (ROOT / "docs" / "performance.md", performance),
+    "relaxation": (ROOT / "docs" / "relaxation.md", relaxation),
+}
+"""The page that each pair of marks is in, and what stands between them."""
 
 
 if __name__ == "__main__":

@@ -28,6 +28,28 @@ def check_index(name: str, tensor: torch.Tensor, shape: Sequence[int | None], de
     _check_device(name, tensor, device)
 
 
+def check_flags(name: str, tensor: torch.Tensor, shape: Sequence[int | None], device: torch.device) -> None:
+    """A bool tensor of ``shape`` on ``device``."""
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed is torch.bool")
+    _check_shape(name, tensor, shape)
+    _check_device(name, tensor, device)
+
+
+def check_sums(name: str, tensor: torch.Tensor, shape: Sequence[int | None], device: torch.device) -> None:
+    """A float64 tensor of ``shape`` on ``device``."""
+    if tensor.dtype != torch.float64:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; allowed is torch.float64")
+    _check_shape(name, tensor, shape)
+    _check_device(name, tensor, device)
+
+
+def check_in_place(name: str, tensor: torch.Tensor) -> None:
+    """Memory that an operation can write as it lies."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; allowed is contiguous memory, as it is written in place")
+
+
 def check_drafted(
     name: str, values: torch.Tensor | None, shape: Sequence[int | None], window: int, device: torch.device
 ) -> None:
@@ -53,6 +75,8 @@ def check_guidance(
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | None]) -> None:
+    if tensor.shape == shape:  # nearly always, and at a fraction of the cost of what follows
+        return
     fits = tensor.dim() == len(shape) and all(
         size == want if want is not None else size > 0 for size, want in zip(tensor.shape, shape, strict=True)
     )

@@ -25,13 +25,14 @@ from unittest import mock
 
 import torch
 
-from free_kernels import HOLD_DRAFTS, StepTable
+from free_kernels import HOLD_DRAFTS, Patches, Scales, StepTable
 
 ARCHITECTURES = (80, 89, 90, 100)
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
@@ -137,7 +138,7 @@ def _describe(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], 
             if value.storage_offset() * value.element_size() % 16 == 0:
                 aligned.append(position)
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = parameter.annotation_type or "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
@@ -161,6 +162,10 @@ def _launches() -> Iterator[str]:
     acceptance = import_module("free_kernels.acceptance.kernel")
     propose = import_module("free_kernels.propose.kernel")
     verify = import_module("free_kernels.verify.kernel")
+    span = import_module("free_kernels.span.kernel")
+    finite = import_module("free_kernels.finite.kernel")
+    tally = import_module("free_kernels.tally.kernel")
+    relaxation = import_module("free_kernels.relaxation.kernel")
 
     index = torch.zeros(2, dtype=torch.int64)
     column = torch.ones(50)
@@ -180,6 +185,24 @@ def _launches() -> Iterator[str]:
         householder.householder(rows, rows, sums, sums)
         acceptance.acceptance_from_means(rows, rows, rows, sums)
 
+    flag = index > 0
+    for width in (1, 8, 65, 257):
+        yield f"W={width}"
+        column_sums, sums = torch.zeros(2, width - 1), torch.zeros(50, 3, dtype=torch.float64)
+        span.span(index, index, width)
+        for batch in (2, 512):
+            each, flags = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
+            squares = torch.zeros(batch, width - 1)
+            tally.tally(torch.zeros(4, batch).long(), sums, each, each, each, each, flags, squares, each, flags)
+        relaxation.relaxed_cost(column_sums, column_sums, index, flag, sums[:2, :2], sums[:2, :2])
+        for uncertainty in (column_sums, column_sums.double()):
+            relaxation.relaxed_tau(uncertainty, 1.5, None, None, None)
+            relaxation.relaxed_tau(uncertainty, 1.5, column_sums, sums[:2, :2], 0.5)
+
+    for dtype, clips, cut in _patches():
+        yield ", ".join((_name(dtype), "{} groups, patches {} by {} by {}".format(*cut), *["clipped"] * clips))
+        _launch_gains(dtype, plain._replace(clip_range=1.0 if clips else None), cut)
+
     for variant in _variants():
         yield variant.label
         table = plain._replace(clip_range=1.0 if variant.clips else None)
@@ -191,6 +214,7 @@ def _launches() -> Iterator[str]:
         x0 = states[:, 0] if variant.remembers else None
         table = table._replace(memory_gain=column if variant.remembers else None)
         verify.verify(states, output, states[:, 1:], index, index, index, table, half, scale, noise, uniforms, tau, x0)
+        finite.finite(output, index, states[:, 0], half)
         if variant.window > 1:
             acceptance.acceptance(states, output, states[:, 1:], index, index, table, half, scale, noise, x0)
         for draft in HOLD_DRAFTS:
@@ -201,6 +225,40 @@ def _launches() -> Iterator[str]:
             posterior.posterior(first[0], first[1], index, index, table, first[2], scale, first[3])
         else:
             posterior.posterior_with_memory(first[0], first[1], x0, index, index, table, first[2], scale, first[3])
+
+
+def _patches() -> Iterator[tuple[torch.dtype, bool, tuple[int, int, int, int]]]:
+    """Groups, channels, rows and columns: colours, channels apart, few numbers; every dtype, clipped and not."""
+    yield torch.bfloat16, False, (1, 3, 32, 32)
+    yield torch.float32, True, (4, 1, 32, 32)
+    yield torch.float16, False, (16, 1, 16, 32)
+    yield torch.float32, False, (1, 1, 2, 32)
+    yield torch.bfloat16, True, (3, 1, 7, 5)
+
+
+def _launch_gains(dtype: torch.dtype, table: StepTable, cut: tuple[int, int, int, int]) -> None:
+    learn_gains = import_module("free_kernels.learn_gains.kernel")
+    gain_correction = import_module("free_kernels.gain_correction.kernel")
+    groups, channels, rows, columns = cut
+    size, window = channels * rows * columns, 8
+    numel, bands = 2 * groups * size, min(size, 46 * channels)
+    index, states = torch.zeros(2, dtype=torch.int64), torch.empty(2, window, numel)
+    patches = Patches(
+        torch.empty(channels, channels),
+        torch.empty(rows, rows),
+        torch.empty(columns, columns),
+        torch.empty(channels * rows, channels * rows),
+        torch.zeros(numel, dtype=torch.int64),
+        False,
+        torch.zeros(size, dtype=torch.int64),
+        torch.empty(size, bands),
+        torch.empty(bands),
+        groups,
+    )
+    scales, sums = Scales(table.std, table.std), torch.empty(2, window, 2, 2, groups * bands)
+    known, output = (states, states, sums, index, index), states.to(dtype)
+    learn_gains.learn_gains(states, output, index, index, *known, table, scales, patches, (0.5, 0.5), output, 1.5)
+    gain_correction.gain_correction(states, index, *known, table, scales, patches, 0.1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from free.targets import Target
 if TYPE_CHECKING:
     from free.drafters.feature import FeatureDrafter
 
-DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, Gains.name: Gains, HoldOutput.name: HoldOutput}
+DRAFTERS: dict[str, Callable[[], Drafter]] = {HoldX0.name: HoldX0, HoldOutput.name: HoldOutput, Gains.name: Gains}
 """The drafters that need no weights, by name."""
 
 __all__ = [

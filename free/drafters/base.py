@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,8 @@ class Drafter(ABC):
     """Whether the target's top-block feature is captured for the anchors."""
     capturable: bool = False
     """Whether ``propose``, called before with the same process, leaves the host out, so that it may be recorded as a CUDA
-    graph: no read from the device, no random state, nothing that differs from call to call.
+    graph: no read from the device, no random state, nothing that differs from call to call. A public attribute that changes
+    makes another graph; what a drafter makes or learns by itself is private, and written in place.
     """
 
     def check(self, target: Target) -> None:  # noqa: B027 - most drafters fit every target
@@ -153,6 +155,15 @@ class Drafter(ABC):
         for step k takes from the memory may depend on evaluations at steps <= k only, this window's and all before.
         """
         return None
+
+    def running(self, *, compile: bool = False, **options: Any) -> AbstractContextManager[None]:
+        """The context in which windows are proposed, under ``torch.compile`` if asked for; most have nothing to compile.
+
+        Args:
+            compile: as the target is, whose :meth:`free.Target.compile` is entered before.
+            options: further ones of ``torch.compile``.
+        """
+        return nullcontext()
 
     @abstractmethod
     def propose(self, situation: Situation) -> Proposal:

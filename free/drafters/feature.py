@@ -8,7 +8,8 @@ step after the other, or in sweeps: propose the path, run the block once on all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -277,6 +278,15 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         size = self.config.sample_size
         return Inputs(torch.stack(images, 1).view(len(state), -1, size, size), timestep, gap)
 
+    @contextmanager
+    def running(self, *, compile: bool = False, **options: Any) -> Iterator[None]:
+        if compile:  # with what makes the block's inputs, which launches more than the block does
+            self.predict = torch.compile(self.predict, fullgraph=True, **options)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self.__dict__.pop("predict", None)
+
     def propose(self, situation: Situation) -> Proposal:
         if situation.window == 1:
             return hold(situation, "hold-x0")
@@ -321,5 +331,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
 
 
 def _rows(chosen: torch.Tensor) -> torch.Tensor:
-    """Where ``chosen`` bool [N] is true; all rows on a device, which would have to be asked how many there are."""
-    return chosen.nonzero()[:, 0] if chosen.device.type == "cpu" else torch.arange(len(chosen), device=chosen.device)
+    """Where ``chosen`` bool [N] is true; all rows where their number must not be asked for: on a device, or compiled."""
+    if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
+        return chosen.nonzero()[:, 0]
+    return torch.arange(len(chosen), device=chosen.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,9 @@ class Fresh(Drafter):
 
     def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> Any:
         return self.drafter.begin(last, sample_shape)
+
+    def running(self, *, compile: bool = False, **options: Any) -> AbstractContextManager[None]:
+        return self.drafter.running(compile=compile, **options)
 
     def propose(self, situation: Situation) -> Proposal:
         return self.drafter.propose(_settled(situation))

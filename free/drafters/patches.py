@@ -31,14 +31,19 @@ def patches_of(sample_shape: tuple[int, ...], device: torch.device) -> Patches:
     first into their sum and two differences. In a sample of few numbers each of them is a band, untransformed. Kept for each
     shape and device, as captured rounds read them.
     """
+    if math.prod(sample_shape) <= _SMALL:
+        return each_number(sample_shape, device)
+    return rings(sample_shape, device)
+
+
+def rings(sample_shape: tuple[int, ...], device: torch.device) -> Patches:
+    """Bands of frequency."""
     numel = math.prod(sample_shape)
-    if numel <= _SMALL:
-        return _each_number(numel, device)
     axes = len(sample_shape) if len(sample_shape) < 3 else min(len(sample_shape) - 1, 3)
     *leading, rows, columns = (1, 1, *sample_shape)
     channels, frames = (math.prod(leading[:-1]), leading[-1]) if axes == 3 else (math.prod(leading), 1)
     colours = _COLOURS if axes == 2 and len(sample_shape) == 3 and channels == _COLOURS else 1
-    sides = _sides(frames, rows, columns, MAX_ROWS // colours)
+    sides = _sides(frames, rows, columns)
 
     # [channels, frames, rows, columns] -> [groups, patches, rows of a patch, columns of a patch]
     cut = torch.arange(numel).view(
@@ -55,38 +60,49 @@ def patches_of(sample_shape: tuple[int, ...], device: torch.device) -> Patches:
 
     mixing = torch.tensor(_OPPONENT, dtype=torch.float64) if colours > 1 else torch.ones(1, 1, dtype=torch.float64)
     mixing = mixing / mixing.norm(dim=1, keepdim=True)
-    matrix = torch.kron(mixing, torch.kron(cosines(sides[0]), cosines(sides[1])))
-    member = torch.nn.functional.one_hot(band).float()
     groups = channels // colours if channels // colours <= _APART else 1
-    return _patches(matrix.float(), cosines(sides[2]).float(), order, band, member, groups, device)
+    return _patches(mixing, torch.kron(cosines(sides[0]), cosines(sides[1])), cosines(sides[2]), order, band, groups, device)
 
 
 def _patches(
+    mixing: torch.Tensor,
     rows: torch.Tensor,
     columns: torch.Tensor,
     order: torch.Tensor,
     band: torch.Tensor,
-    member: torch.Tensor,
     groups: int,
     device: torch.device,
 ) -> Patches:
+    member = torch.nn.functional.one_hot(band).float()
     in_order = bool((order == torch.arange(len(order))).all())
-    rows, columns, order, band, member = (value.to(device) for value in (rows, columns, order, band, member))
-    return Patches(rows, columns, order, in_order, band, member, groups)
+    return Patches(
+        mixing.float().to(device),
+        rows.float().to(device),
+        columns.float().to(device),
+        torch.kron(mixing, rows).float().to(device),
+        order.to(device),
+        in_order,
+        band.to(device),
+        member.to(device),
+        member.mean(0).to(device),
+        groups,
+    )
 
 
-def _each_number(numel: int, device: torch.device) -> Patches:
+def each_number(sample_shape: tuple[int, ...], device: torch.device) -> Patches:
+    """Every number a band."""
+    numel = math.prod(sample_shape)
     columns = _divisor(numel, MAX_COLUMNS)
     rows = _divisor(numel // columns, MAX_ROWS)
     order, band = torch.arange(numel), torch.arange(rows * columns)
-    square = (torch.eye(rows), torch.eye(columns), order, band, torch.eye(rows * columns))
-    return _patches(*square, numel // (rows * columns), device)
+    groups = numel // (rows * columns)
+    return _patches(torch.ones(1, 1), torch.eye(rows), torch.eye(columns), order, band, groups, device)
 
 
-def _sides(frames: int, rows: int, columns: int, most_rows: int) -> tuple[int, int, int]:
-    """Of a patch: the largest that divide the axes, the rows of all frames together at most ``most_rows``."""
+def _sides(frames: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Of a patch: the largest that divide the axes; its frames and rows are at most ``MAX_ROWS`` together."""
     side = _divisor(frames, 8)
-    return side, _divisor(rows, min(most_rows // side, MAX_COLUMNS)), _divisor(columns, MAX_COLUMNS)
+    return side, _divisor(rows, MAX_ROWS // side), _divisor(columns, MAX_COLUMNS)
 
 
 def _divisor(size: int, most: int) -> int:

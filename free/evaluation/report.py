@@ -14,7 +14,13 @@ from free.sampling.statistics import aligned
 _DRAWN_WINDOW = 8  # the sampler's default, for the panels that show one window
 _BINS = 25
 
-_DISTANCES = {"energy": "energy distance from real data", "frechet": "Fréchet distance from real data"}
+_DISTANCES = {
+    "energy": "energy distance / mean distance of two real images",
+    "frechet": "Fréchet distance / variance of real features",
+}
+_FRESH = "fresh:"
+_COLORS = {"ancestral": "0.3", "hold-x0": "C0", "hold-output": "C1", "gains": "C2", "linear": "C3", "learned": "C4"}
+"""The same sampler in the same colour in every figure; those of other drafters follow."""
 _MEANINGS = {
     "TV at most": "TV: of relaxed rows, estimated bound on the total variation from the exact law (docs/relaxation.md)",
     "TV limit": f"TV limit: what it is at most with {CONFIDENCE:.0%} confidence",
@@ -88,6 +94,7 @@ def _with_error(row: dict[str, Any], distance: str, pattern: str) -> str:
 def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """A line of panels a guidance scale: efficiency by window, then acceptance and mean |delta| by step of one window."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     scales = sorted({row["guidance_scale"] for row in rows})
@@ -95,7 +102,7 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
     counts = sorted({row["steps"] for row in rows})
     windows = sorted({row["window"] for row in rows})
     drawn = _DRAWN_WINDOW if _DRAWN_WINDOW in windows else windows[len(windows) // 2]
-    color = {drafter: f"C{i}" for i, drafter in enumerate(drafters)}
+    color = _colors(drafters)
     dashes = {count: ("-", "--", "-.", ":")[i % 4] for i, count in enumerate(reversed(counts))}
 
     figure = Figure(figsize=(12, 3.5 * len(scales) + 0.8), layout="constrained")
@@ -119,18 +126,21 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
                     linestyle=dashes[count],
                     marker="o",
                     markersize=4,
+                    markerfacecolor="white" if drafter.startswith(_FRESH) else None,
                     capsize=3,
-                    label=f"{drafter}, S={count}",
                 )
             for row in here:
                 if (_series(row), row["steps"], row["window"]) == (drafter, counts[-1], drawn):
                     step, accepted, delta = _by_step(row)
-                    line[1].plot(step, accepted, color=color[drafter], marker="o", markersize=4, label=drafter)
-                    line[2].plot(step, delta, color=color[drafter], marker="o", markersize=4, label=drafter)
-        line[0].plot(windows, windows, color="0.6", linewidth=1, zorder=0, label="bound: W")
+                    face = "white" if drafter.startswith(_FRESH) else None
+                    for panel, values in zip(line[1:], (accepted, delta), strict=True):
+                        panel.plot(step, values, color=color[drafter], marker="o", markersize=4, markerfacecolor=face)
         line[0].set(xscale="log", yscale="log", xlabel="window W", ylabel="parallel efficiency, S / rounds")
         line[0].set_xticks(windows)
         top = 1.25 * max(row["parallel_efficiency"] for row in rows)
+        line[0].plot([1.0, top], [1.0, top], color="0.6", linewidth=1, zorder=0)
+        line[0].annotate("W, the bound", (top, top), (-4, -2), textcoords="offset points", ha="right", va="top", fontsize=8,
+                         color="0.4")  # fmt: skip
         ticks = [2.0**power for power in range(11) if 2.0**power <= top]
         line[0].set_yticks(ticks)
         line[0].set_ylim(0.9, top)
@@ -147,7 +157,15 @@ def draw(rows: Sequence[dict[str, Any]], output: Path) -> None:
             panel.set(xlim=(0, counts[-1]), title=f"guidance {scale:g}, S={counts[-1]}, W={drawn}")
         for panel in line:
             panel.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    # a drafter by its colour, S by its line
+    named = {_family(drafter): drafter for drafter in reversed(drafters)}
+    handles = [
+        Line2D([], [], color=color[drafter], marker="o", markersize=4, label=family,
+               markerfacecolor="white" if drafter.startswith(_FRESH) else None)
+        for family, drafter in reversed(named.items())
+    ]  # fmt: skip
+    handles += [Line2D([], [], color="0.3", linestyle=dashes[count], label=f"S={count}") for count in reversed(counts)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9)
     figure.suptitle(f"model {rows[0]['model']}, mean of {rows[0]['samples']} samples with its standard error")
     figure.savefig(output, dpi=110)
 
@@ -156,7 +174,7 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """A line of panels a guidance scale: both distances from real data over rounds.
 
     A curve joins the numbers of steps of one sampler (the ancestral one is a window of 1); another the strengths of one
-    relaxation at the most steps, each with its certified bound.
+    relaxation at the most steps.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -175,24 +193,29 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
             elif row["steps"] == most:
                 curves.setdefault(f"{_sampler(row, strength=False)}, S={most}", []).append(row)
         for panel, (distance, title) in zip(line, _DISTANCES.items(), strict=True):
+            colors = _colors([name.split(",")[0] for name in curves])
             for i, (name, curve) in enumerate(curves.items()):
+                color = colors[name.split(",")[0]]
                 curve.sort(key=lambda row: row["rounds"])
                 relaxed = curve[0].get("strength", 0.0) > 0
                 panel.errorbar(
                     [row["rounds"] for row in curve],
                     [row[f"{distance}_distance"] for row in curve],
                     [row[f"{distance}_error"] for row in curve],
-                    color=f"C{i}",
+                    color=color,
                     linestyle="--" if relaxed else "-",
                     marker="s" if relaxed else "o",
                     markersize=4,
                     capsize=3,
                     label=name,
                 )
-                for row in curve:
-                    note = f"TV ≤ {row['total_variation_bound']:.2g}" if relaxed else f"{row['steps']}"
+                # those of one curve above it and below it in turn, those of the next the other way round
+                for j, row in enumerate(curve):
+                    above = (i + j) % 2 == 0
+                    note = f"×{row['strength']:g}" if relaxed else f"{row['steps']}"
                     at = (row["rounds"], row[f"{distance}_distance"])
-                    panel.annotate(note, at, (3, 4), textcoords="offset points", fontsize=7, color=f"C{i}")
+                    panel.annotate(note, at, (3, 5 if above else -5), textcoords="offset points", fontsize=7, color=color,
+                                   va="bottom" if above else "top")  # fmt: skip
             if distance == "frechet":
                 floor = float(np.mean([row["frechet_floor"] for row in here]))
                 panel.axhline(floor, color="0.6", linewidth=1, zorder=0, label="real data, kept apart")
@@ -204,8 +227,26 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3)
     figure.legend(*panels[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.suptitle(f"model {rows[0]['model']}, {rows[0]['samples']} samples each; points are named by S or by their bound")
+    figure.suptitle(
+        f"model {rows[0]['model']}, {rows[0]['samples']} samples each; points are named by S, relaxed ones (×) by strength"
+    )
     figure.savefig(output, dpi=110)
+
+
+def _family(drafter: str) -> str:
+    """What a drafter is called in a legend: those fitted or trained for one S, and for another, are of one kind."""
+    word, comma, rest = drafter.partition(",")
+    plain = word.removeprefix(_FRESH).split(":")[0]
+    kind = "linear" if plain.startswith("linear") else "learned" if "drafter" in plain else plain
+    return kind + (", fresh noise" if word.startswith(_FRESH) else "") + comma + rest
+
+
+def _colors(drafters: Sequence[str]) -> dict[str, str]:
+    """By drafter; a kind that is not among the usual ones takes the next colour."""
+    families = [_family(drafter).split(",")[0] for drafter in drafters]
+    others = [family for family in dict.fromkeys(families) if family not in _COLORS]
+    by_family = {**_COLORS, **{family: f"C{5 + i}" for i, family in enumerate(others)}}
+    return {drafter: by_family[family] for drafter, family in zip(drafters, families, strict=True)}
 
 
 def _sampler(row: dict[str, Any], strength: bool = True) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from free.sampling.statistics import SamplingStatistics
 from free.sampling.window import Live, Round
 from free.windows import Known
+from free_kernels import tally
 
 
 class Account:
@@ -15,43 +18,34 @@ class Account:
 
     def __init__(self, num_steps: int, seed: torch.Tensor) -> None:
         self.num_steps = num_steps
-        self.progress = torch.zeros(4, len(seed), dtype=torch.int64, device=seed.device)
-        """int64 [4, B]: each sample's step, its rounds, and the first step at which the model, and at which the drafter, was
-        not finite (S where none was).
-        """
-        self.by_step = torch.zeros(num_steps, 3, dtype=torch.float64, device=seed.device)
-        """float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests."""
-        self.spent = torch.zeros(len(seed), 3, dtype=torch.float64, device=seed.device)
-        """float64 [B, 3]: each sample's excess acceptance, divergence and saved rejections."""
+        self.memory = torch.zeros(7 * len(seed) + 3 * num_steps, dtype=torch.int64, device=seed.device)
+        """int64 [7 B + 3 S]: all of it, so that one copy takes it to the host."""
+        self.progress, self.by_step, self.spent = _parts(self.memory, num_steps, torch.float64)
         self.reset()
 
     def reset(self) -> None:
         """Nothing was done yet."""
-        self.progress[:2].zero_()
+        self.memory.zero_()
         self.progress[2:].fill_(self.num_steps)
-        self.by_step.zero_()
-        self.spent.zero_()
 
     def add(self, live: Live, done: Round) -> None:
         """Enter a round that brought the samples to ``live``."""
-        advance, rejected = done.verification.advance, done.verification.rejected
-        _, rounds, model_broke, drafter_broke = self.progress[:, live.index].unbind()
-        finite = torch.isfinite(live.state).all(-1)
-        model_broke = torch.where(finite, model_broke, torch.minimum(model_broke, live.step - 1))
-        squared_norm = done.verification.squared_norm.double()  # [B, W-1]
-        if squared_norm.shape[1]:
-            column = torch.arange(squared_norm.shape[1], device=advance.device)
-            steps = (done.step[:, None] + column).clamp_(max=self.num_steps - 1)  # [B, W-1]
-            accepted = column < (advance - 1)[:, None]
-            tested = column < (advance - 1 + rejected)[:, None]
-            delta = torch.where(tested, squared_norm.sqrt(), 0.0)
-            entries = torch.stack((tested.double(), accepted.double(), delta), -1)
-            self.by_step.index_add_(0, steps.flatten(), entries.flatten(0, 1))
-            broken = torch.where(torch.isfinite(delta), self.num_steps, steps).amin(-1)
-            drafter_broke = torch.minimum(drafter_broke, broken)
-        self.progress[:, live.index] = torch.stack((live.step, rounds + (done.length > 0), model_broke, drafter_broke))
+        verification = done.verification
+        tally(
+            self.progress,
+            self.by_step,
+            live.index,
+            done.step,
+            done.length,
+            verification.advance,
+            verification.rejected,
+            verification.squared_norm,
+            live.step,
+            done.finite,
+            impl=done.situation.impl,
+        )
         if live.ledger is not None:
-            self.spent[live.index] = live.ledger.spent
+            self.spent[live.index] = torch.cat((live.ledger.spent, live.ledger.saved[:, None]), -1)
 
     def report_to(self, stats: SamplingStatistics) -> None:
         """Tell the statistics what was added up; waits for the device."""
@@ -63,7 +57,7 @@ class Account:
 
     def add_step(self, step: torch.Tensor, state: torch.Tensor) -> None:
         """Enter that the ancestral sampler brought all samples to ``step`` [B] and ``state`` [B, D]."""
-        finite = torch.isfinite(state).all(-1)
+        finite = (state.abs() < float("inf")).all(-1)  # NaN compares false
         self.progress[0] = step
         self.progress[2] = torch.where(finite, self.progress[2], torch.minimum(self.progress[2], step - 1))
 
@@ -73,17 +67,31 @@ class Report:
 
     def __init__(self, account: Account) -> None:
         self._arrived: torch.cuda.Event | None = None
-        self._progress, self._by_step = _sent(account.progress), _sent(account.by_step)
-        if account.progress.device.type == "cuda":
+        self._num_steps, self._memory = account.num_steps, _sent(account.memory)
+        if account.memory.device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def read(self) -> Known:
         if self._arrived is not None:
             self._arrived.synchronize()
-        progress = self._progress.numpy()
-        tested, accepted, _ = self._by_step.numpy().T
+        progress, by_step, _ = _parts(self._memory.numpy(), self._num_steps, np.float64)
+        tested, accepted, _ = by_step.T
         return Known(progress[0], progress[1], progress[2:], tested, accepted)
+
+
+def _parts(memory: Any, num_steps: int, float64: Any) -> tuple[Any, Any, Any]:
+    """What an account's memory, a tensor's or an array's, holds of B samples.
+
+    - int64 [4, B]: each sample's step, its rounds, and the first step at which the model, and at which the drafter, was not
+      finite (S where none was);
+    - float64 [S, 3]: tests, accepted drafts, sum of |delta| over the tests;
+    - float64 [B, 3]: each sample's excess acceptance, divergence and saved rejections.
+    """
+    by_sample = len(memory) - 3 * num_steps
+    first, last = by_sample // 7 * 4, by_sample // 7 * 4 + 3 * num_steps
+    by_step, spent = memory[first:last].view(float64), memory[last:].view(float64)
+    return memory[:first].reshape(4, -1), by_step.reshape(-1, 3), spent.reshape(-1, 3)
 
 
 def _sent(values: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,16 +14,14 @@ from free.processes import ReverseProcess
 from free.sampling.account import Account
 from free.sampling.capture import Graphs, drafter_key, wants_capture
 from free.sampling.loop import Run
-from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
+from free.sampling.memory import remember
+from free.sampling.request import DEFAULT_STEPS, Options, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
 from free.windows import WINDOWS, AutoWindow, Experience, Measurements, RoundSeconds, Schedule, WindowPlan, by_window
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-_REMEMBERED: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
-"""What was measured and seen of each model, as long as the model lives."""
 
 
 @torch.no_grad()
@@ -77,7 +74,7 @@ def plan_window(
     if statistics is not None and statistics.steps != steps:
         raise ValueError(f"statistics is of {statistics.steps} steps; the process has {steps}")
     setup = Setup.of(request, drafter, WINDOWS[-1], impl)
-    with request.running(drafter, features=drafter.needs_features, compile=compile):
+    with request.running(drafter, features=drafter.needs_features, compile=compile), drafter.running(compile=compile):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             tested, accepted = statistics.tested.astype(float), statistics.accepted.astype(float)
@@ -100,7 +97,7 @@ def auto_window(setup: Setup, graphs: Graphs | None) -> Schedule:
     request = setup.request
     steps, keys = request.process.num_steps, request.keys
     key = ("experience", drafter_key(setup.drafter), request.guidance_scale, request.process.fingerprint(), setup.relaxation)
-    experience = _remember(request, key, lambda: Experience.none(steps))
+    experience = remember(request.target, key, lambda: Experience.none(steps))
     if not experience.admit(keys):
         experience = Experience.none(steps)
     schedule = AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch)
@@ -128,7 +125,7 @@ def round_seconds(setup: Setup, graphs: Graphs | None = None) -> RoundSeconds:
         graphs is not None,
         torch.get_num_threads(),
     )
-    return _remember(request, key, Measurements).latest(lambda: _measure(setup, graphs))
+    return remember(request.target, key, Measurements).latest(lambda: _measure(setup, graphs))
 
 
 def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
@@ -149,15 +146,3 @@ def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
     if graphs is not None:
         graphs.account.reset()
     return RoundSeconds(request.batch * np.array(list(seconds), dtype=float), np.array(list(seconds.values())))
-
-
-def _remember(request: Request, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What is known of the request's model under ``key``; not kept of a model that cannot be referred to weakly."""
-    model = request.target.model if request.target.module is None else request.target.module
-    try:
-        known = _REMEMBERED.setdefault(model, {})
-    except TypeError:
-        return make()
-    if key not in known:
-        known[key] = make()
-    return known[key]

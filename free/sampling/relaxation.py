@@ -17,7 +17,19 @@ import torch
 from free.drafters import Situation
 from free.processes import ReverseProcess, learned_log_variance
 from free.targets import Target, TargetOutput
-from free_kernels import Proposal, Verification, acceptance
+from free_kernels import Proposal, Span, Verification, acceptance, relaxed_cost, relaxed_tau
+from free_kernels.relaxation.reference import divergence, excess_acceptance, relaxed_acceptance
+
+__all__ = [
+    "UNCERTAINTIES",
+    "DraftedSteps",
+    "Ledger",
+    "Relaxation",
+    "Uncertainty",
+    "divergence",
+    "excess_acceptance",
+    "relaxed_acceptance",
+]
 
 UNCERTAINTIES = ("learned", "residual")
 
@@ -32,10 +44,8 @@ class DraftedSteps:
 
     step: torch.Tensor
     """int64 [B, W-1]."""
-    timestep: torch.Tensor
-    """[B, W-1], what the network is told."""
-    testable: torch.Tensor
-    """bool [B, W-1]: the columns within the sample's window; nothing is tested in the others, whose values mean nothing."""
+    length: torch.Tensor
+    """int64 [B]: states of each window that count, the exact last one included."""
     states: torch.Tensor
     """float32 [B, W-1, D]: the drafted state that each step starts from."""
     target_output: torch.Tensor
@@ -46,11 +56,27 @@ class DraftedSteps:
     """float32 [B, W-1, D]: the guess of the guided output; of a process of second order, of the effective one."""
     variance_share: torch.Tensor | None
     """float32 [B, W-1], of :class:`free.TargetOutput`, for ``"learned"`` only."""
-    rejection: torch.Tensor
-    """float64 [B]: mean probability that an exact test rejects, 1 - 2 Phi(-|delta| / 2), over the sample's earlier tests,
-    each window weighing half as much as the next; 0 before any."""
+    fared: torch.Tensor
+    """float64 [B, 2]: :attr:`free_kernels.RelaxedCost.rejection` of the sample's earlier tests."""
     process: ReverseProcess
     sample_shape: tuple[int, ...]
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """[B, W-1], what the network is told."""
+        return self.process.timestep[self.step]
+
+    @property
+    def testable(self) -> torch.Tensor:
+        """bool [B, W-1]: the columns within the sample's window; nothing is tested in the others, whose values mean
+        nothing."""
+        return torch.arange(self.step.shape[1], device=self.step.device) < self.length[:, None] - 1
+
+    @property
+    def rejection(self) -> torch.Tensor:
+        """float64 [B]: mean probability that an exact test rejects, 1 - 2 Phi(-|delta| / 2), over the sample's earlier
+        tests, each window weighing half as much as the next; 0 before any."""
+        return self.fared[:, 0] / self.fared[:, 1].clamp(min=torch.finfo(torch.float64).tiny)
 
 
 Uncertainty = Callable[[DraftedSteps], torch.Tensor]
@@ -125,22 +151,37 @@ class Relaxation:
         """The context in which the target returns what the uncertainty is read from."""
         return target.capture_variance() if self.uncertainty == "learned" else nullcontext()
 
-    def tau(self, drafted: DraftedSteps) -> torch.Tensor:
+    def tau(
+        self,
+        drafted: DraftedSteps,
+        squared_norm: torch.Tensor | None = None,
+        spent: torch.Tensor | None = None,
+        impl: str = "auto",
+    ) -> torch.Tensor:
         """float32 [B, W-1] in [0, 1].
+
+        Args:
+            drafted: the window.
+            squared_norm: |delta|² [B, W-1]; without it there is no budget.
+            spent: of the ledger, likewise.
+            impl: of the operation.
 
         Raises:
             ValueError: a callable uncertainty of a wrong type or shape, or with values outside [0, 1].
         """
+        budget = None if squared_norm is None else self.budget
+        uncertainty = self._uncertainty_of(drafted)
+        return relaxed_tau(uncertainty, self.strength, squared_norm=squared_norm, spent=spent, budget=budget, impl=impl)
+
+    def _uncertainty_of(self, drafted: DraftedSteps) -> torch.Tensor:
+        """Float [B, W-1]."""
         if callable(self.uncertainty):
-            uncertainty = _checked(self.uncertainty(drafted), drafted.testable)
-        elif self.uncertainty == "learned":
+            return _checked(self.uncertainty(drafted), drafted.testable)
+        if self.uncertainty == "learned":
             assert drafted.variance_share is not None
             log_variance = learned_log_variance(drafted.variance_share, drafted.process, drafted.step)
-            uncertainty = torch.sigmoid(log_variance - 2 * drafted.process.std[drafted.step].log())
-        else:
-            uncertainty = drafted.rejection[:, None].expand(drafted.step.shape)
-        # where the uncertainty is not a number the test is exact: NaN would reject every draft
-        return torch.exp(-self.strength * uncertainty).nan_to_num_(nan=1.0).float()
+            return torch.sigmoid(log_variance - 2 * drafted.process.std[drafted.step].log())
+        return drafted.rejection[:, None].expand(drafted.step.shape)
 
 
 @dataclass
@@ -148,19 +189,19 @@ class Ledger:
     """What relaxation has cost each of B live samples, and how their drafts have fared."""
 
     spent: torch.Tensor
-    """float64 [B, 3]: sums over the tests of :func:`excess_acceptance` and of :func:`divergence`, and how many accepted what
-    an exact test of the same noise and uniform would have rejected."""
+    """float64 [B, 2], of :class:`free_kernels.RelaxedCost`."""
     rejection: torch.Tensor
-    """float64 [B, 2]: sum over the tests of the probability that an exact test rejects, and their number, halved with every
-    window."""
+    """float64 [B, 2], likewise."""
+    saved: torch.Tensor
+    """float64 [B]: how many tests accepted what an exact one of the same noise and uniform would have rejected."""
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> Ledger:
-        spent, rejection = torch.zeros(batch, 5, dtype=torch.float64, device=device).split((3, 2), -1)
-        return cls(spent, rejection)
+        spent, rejection, saved = torch.zeros(batch, 5, dtype=torch.float64, device=device).split((2, 2, 1), -1)
+        return cls(spent, rejection, saved[:, 0])
 
     def tau(
-        self, relaxation: Relaxation, situation: Situation, proposal: Proposal, output: TargetOutput, length: torch.Tensor
+        self, relaxation: Relaxation, situation: Situation, proposal: Proposal, output: TargetOutput, covered: Span
     ) -> torch.Tensor:
         """tau of each drafted step, float32 [B, W-1], within the budget.
 
@@ -169,29 +210,25 @@ class Ledger:
             situation: what the window was drafted from.
             proposal: the window.
             output: the target at its states, [B, W, D].
-            length: int64 [B], states that count.
+            covered: its steps, and how many of its states count.
         """
         drafts, process = situation.window - 1, situation.process
-        column = torch.arange(drafts, device=length.device)
-        step = (situation.step[:, None] + column).clamp(max=process.num_steps - 1)  # [B, W-1]
         states, target_output = proposal.states[:, :drafts], output.output[:, :drafts]
         unconditional = None if output.unconditional is None else output.unconditional[:, :drafts]
         drafted = DraftedSteps(
-            step,
-            process.timestep[step],
-            column < length[:, None] - 1,
+            covered.steps[:, :drafts],
+            covered.length,
             states,
             target_output,
             unconditional,
             proposal.draft_output,
             None if output.variance_share is None else output.variance_share[:, :drafts],
-            self.rejection[:, 0] / self.rejection[:, 1].clamp(min=torch.finfo(torch.float64).tiny),
+            self.rejection,
             process,
             situation.sample_shape,
         )
-        tau = relaxation.tau(drafted)
         if relaxation.budget is None or not drafts:
-            return tau
+            return relaxation.tau(drafted, impl=situation.impl)
         squared_norm = acceptance(
             states,
             target_output,
@@ -205,84 +242,23 @@ class Ledger:
             previous_x0=situation.x0,
             impl=situation.impl,
         ).squared_norm
-        would_spend = self.spent[:, :1] + excess_acceptance(squared_norm, tau).cumsum(-1)
-        return torch.where(would_spend <= relaxation.budget, tau, 1.0)  # NaN compares false, so it is exact
+        return relaxation.tau(drafted, squared_norm, self.spent, situation.impl)
 
-    def settle(self, tau: torch.Tensor, verification: Verification, uniforms: torch.Tensor) -> Ledger:
+    def settle(self, tau: torch.Tensor, verification: Verification, uniforms: torch.Tensor, impl: str = "auto") -> Ledger:
         """With a window's tests entered: those up to the first rejection, which are the ones that decided.
 
         Args:
             tau: float32 [B, W-1].
             verification: of the window.
             uniforms: float32 [B, W-1], or more columns: what the tests were decided by.
+            impl: of the operation.
         """
-        squared_norm = verification.squared_norm.double()
-        column = torch.arange(squared_norm.shape[1], device=squared_norm.device)
-        tested = column < (verification.advance - 1 + verification.rejected)[:, None]  # [B, W-1]
-        accepted = column < (verification.advance - 1)[:, None]
-        would_reject = ~(uniforms[:, : len(column)].log() <= verification.log_ratio)
-        saved = (accepted & would_reject & (tau < 1)).double()
-        cost = torch.stack((excess_acceptance(squared_norm, tau), divergence(squared_norm, tau), saved), -1)
-        rejects = torch.special.erf((squared_norm / 8).sqrt())
-        fared = torch.stack((rejects, torch.ones_like(rejects)), -1)
-        spent, rejection = (torch.where(tested[..., None], values, 0.0).sum(1) for values in (cost, fared))
-        return Ledger(self.spent + spent, self.rejection / 2 + rejection)
-
-
-def relaxed_acceptance(squared_norm: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
-    """``E[min(1, exp(tau * log_ratio))]`` of a draft that is |delta| off, float64.
-
-    ``Phi(-d/2) + exp(tau (tau - 1) d²/2) Phi(d/2 - tau d)`` with d = |delta|; at tau = 1 FREE's eq. 40, ``2 Phi(-d/2)``.
-
-    Args:
-        squared_norm: |delta|², any shape.
-        tau: in [0, 1], of a shape that goes with it.
-    """
-    squared_norm = squared_norm.double()
-    return torch.special.ndtr(-squared_norm.sqrt() / 2) + _tilted(squared_norm, tau)
-
-
-def excess_acceptance(squared_norm: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
-    """``E[a_tau] - E[a_1]``, the total variation between the relaxed step and the exact one; exactly 0 at tau = 1.
-
-    Arguments and result as of :func:`relaxed_acceptance`.
-    """
-    squared_norm = squared_norm.double()
-    return (_tilted(squared_norm, tau) - _tilted(squared_norm, 1.0)).clamp_(min=0.0)
-
-
-def divergence(squared_norm: torch.Tensor, tau: torch.Tensor | float) -> torch.Tensor:
-    """A bound of the Kullback-Leibler divergence of the relaxed step from the exact one, in nats; exactly 0 at tau = 1.
-
-    Of second order in 1 - tau, where :func:`excess_acceptance` is of first. Arguments and result as of
-    :func:`relaxed_acceptance`.
-    """
-    squared_norm = squared_norm.double()
-    tau = _double(tau)
-
-    def tilted(power: torch.Tensor | float) -> torch.Tensor:
-        return _tilted(squared_norm, power)
-
-    # E[log_ratio exp(tau log_ratio); log_ratio < 0], the derivative of tilted(tau)
-    normal_density = torch.exp(-squared_norm / 8) / math.sqrt(2 * math.pi)
-    slope = (tau - 0.5) * squared_norm * tilted(tau) - squared_norm.sqrt() * normal_density
-    # moments of what the density lacks on the target's side, as differences that are exactly 0 at tau = 1
-    first = tilted(tau) - tilted(1.0)
-    second = (tilted(2 * tau) - tilted(tau + 1)) - (tilted(tau + 1) - tilted(2.0))
-    third = (tilted(3 * tau) - tilted(3.0)) - 3 * (tilted(2 * tau + 1) - tilted(tau + 2))
-    return ((tau - 1) * slope - first + (second + third) / 2).clamp_(min=0.0)
-
-
-def _tilted(squared_norm: torch.Tensor, power: torch.Tensor | float) -> torch.Tensor:
-    """``E[exp(power * log_ratio); log_ratio < 0]``, log_ratio ~ N(-d²/2, d²); float64."""
-    power = _double(power)
-    log_tail = torch.special.log_ndtr((0.5 - power) * squared_norm.sqrt())
-    return torch.exp(power * (power - 1) / 2 * squared_norm + log_tail)
-
-
-def _double(value: torch.Tensor | float) -> torch.Tensor | float:
-    """A number stays one: as a tensor it would have to be copied to the device, which a graph cannot record."""
-    return value.double() if isinstance(value, torch.Tensor) else value
+        column = torch.arange(tau.shape[1], device=tau.device)
+        accepted = column < (verification.advance - 1)[:, None]  # [B, W-1]
+        would_accept = uniforms[:, : len(column)].log() <= verification.log_ratio
+        saved = self.saved + (accepted & ~would_accept & (tau < 1)).sum(-1)
+        tests = verification.squared_norm, tau, verification.advance, verification.rejected
+        return Ledger(*relaxed_cost(*tests, self.spent, self.rejection, impl=impl), saved)
 
 
 def _checked(uncertainty: object, testable: torch.Tensor) -> torch.Tensor:

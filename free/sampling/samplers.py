@@ -105,7 +105,8 @@ def speculative_sample(
             callable may do anything). Recording takes about three rounds for each batch size and window; the graphs stay
             with the model, and serve the next call of the same kind.
         compile: run the model under ``torch.compile(fullgraph=True)`` during this call, a DiT block by block, which compiles
-            one block for all. Compiling takes seconds once a process, and again for a new kind of shape.
+            one block for all, and a :class:`free.FeatureDrafter` likewise. Compiling takes seconds once a process, and again
+            for a new kind of shape.
         progress: show a bar that counts steps.
         callback_on_step_end: called after each round with (model, step, timestep, {"latents": states}): step int64 [B]
             and timestep [B] of each sample's last settled step, states [B, *shape]. It observes; what it returns is not
@@ -142,7 +143,8 @@ def speculative_sample(
     begin = time.perf_counter()
     bar = tqdm(total=request.batch * request.process.num_steps, disable=not progress, unit="step")
     relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
-    with bar, request.running(drafter, features=drafter.needs_features, compile=compile), relaxed:
+    running = request.running(drafter, features=drafter.needs_features, compile=compile)
+    with bar, running, drafter.running(compile=compile), relaxed:
         run = Run(setup, Graphs.of(setup) if captured else None)
         schedule = schedule or auto_window(setup, run.graphs)
         result = _Result(request, run.state, model, callback_on_step_end, return_trajectory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -26,17 +26,37 @@ def map_tensors(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
 
 
 def assign(into: Any, value: Any) -> None:
-    """Write every tensor into its counterpart, where a window may have more columns than are written."""
+    """Write every tensor into its counterpart, where a window may have more columns than are written.
+
+    No tensor of ``value`` may share memory with another one's counterpart: the order is not told.
+    """
+    together: dict[tuple[bool, torch.dtype, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for place, tensor in _counterparts(into, value):
+        # one launch writes tensors of one dtype that lie in memory as what they are written from
+        alike = place.stride() == tensor.stride() and place.is_contiguous()
+        places, tensors = together.setdefault((alike, place.dtype, tensor.dtype), ([], []))
+        places.append(place)
+        tensors.append(tensor)
+    for (alike, *_), (places, tensors) in together.items():
+        if alike:
+            torch._foreach_copy_(places, tensors)
+        else:
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor)
+
+
+def _counterparts(into: Any, value: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each tensor of ``value`` with the part of ``into`` that it is to be written to."""
     if into is value:
         return
     if isinstance(into, torch.Tensor):
-        into[tuple(slice(size) for size in value.shape)].copy_(value)
+        yield into[tuple(slice(size) for size in value.shape)], value
     elif isinstance(into, dict):
         for name, entry in into.items():
             if has_rows(entry):
-                assign(entry, value[name])
+                yield from _counterparts(entry, value[name])
     elif is_dataclass(into):
         for entry in fields(into):
-            assign(getattr(into, entry.name), getattr(value, entry.name))
+            yield from _counterparts(getattr(into, entry.name), getattr(value, entry.name))
     elif value is not None:
         raise TypeError(f"{type(value).__name__} has no counterpart to be written into")

@@ -24,7 +24,7 @@ from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.tensors import map_tensors
 from free.targets.base import TargetOutput, take_rows
-from free_kernels import TEST_STREAM, Proposal, Verification, uniform, verify
+from free_kernels import TEST_STREAM, Proposal, Span, Verification, finite, span, uniform, verify
 from free_kernels.dispatch import resolve
 
 
@@ -109,6 +109,8 @@ class Round:
     evaluated: int
     """States that the target was evaluated at, those that do not count included."""
     verification: Verification
+    finite: torch.Tensor
+    """bool [B]: whether the state that each sample reached is finite."""
 
     @property
     def step(self) -> torch.Tensor:
@@ -159,8 +161,8 @@ class Proposed:
     """What the drafts leant on."""
     proposal: Proposal
     """States [B, W, D] and draft outputs [B, W-1, D]."""
-    length: torch.Tensor
-    """int64 [B]: states that count; 0 for a finished sample."""
+    span: Span
+    """The steps of the states, and how many of them count."""
     uniforms: torch.Tensor | None
     """float32 [B, W] of the tests where they are at hand; None leaves them to the operations."""
     query: Query
@@ -185,23 +187,19 @@ def propose(live: Live, setup: Setup, window: int, until: int | None = None) -> 
         window: W.
         until: a step that no sample passes in this round; those that have reached it wait, with no state that counts.
     """
-    request, process = setup.request, setup.request.process
-    last_step = process.num_steps - 1
-    step = live.step.clamp(max=last_step)  # a finished sample's is beyond the tables
-    length = (setup.reach[step] - step + 1).clamp(max=window)  # [B]
-    if setup.static_shapes:
-        length = torch.where(live.step > last_step, 0, length)
+    request = setup.request
+    covered = span(live.step, setup.reach, window, impl=setup.impl)
     if until is not None:
-        length = torch.minimum(length, (until - step).clamp(min=0))
-    noise, uniforms = live.noise.reach(live.seed, step, window) if live.noise else (None, None)
+        covered = covered._replace(length=torch.minimum(covered.length, (until - covered.step).clamp(min=0)))
+    noise, uniforms = live.noise.reach(live.seed, covered.step, window) if live.noise else (None, None)
     situation = Situation(
         live.state,
-        step,
+        covered.step,
         live.seed,
         window,
         live.last,
         noise,
-        process,
+        request.process,
         request.target,
         live.conditioning,
         request.sample_shape,
@@ -211,19 +209,17 @@ def propose(live: Live, setup: Setup, window: int, until: int | None = None) -> 
         live.memory,
     )
     proposal = setup.drafter.propose(situation)
-    return Proposed(situation, proposal, length, uniforms, _query(proposal.states, step, length, setup))
+    return Proposed(situation, proposal, covered, uniforms, _query(proposal.states, covered, setup.static_shapes))
 
 
-def _query(states: torch.Tensor, step: torch.Tensor, length: torch.Tensor, setup: Setup) -> Query:
+def _query(states: torch.Tensor, covered: Span, static_shapes: bool) -> Query:
     """The states [B, W, D] that count, or with static shapes all of them."""
-    batch, window, _ = states.shape
-    column = torch.arange(window, device=step.device)
-    sample = torch.arange(batch, device=step.device)[:, None].expand(-1, window).flatten()  # [B * W]
-    steps = (step[:, None] + column).clamp_(max=setup.request.process.num_steps - 1).flatten()
-    flat = states.flatten(0, 1)
-    if setup.static_shapes or bool((length == window).all()):
+    window = states.shape[1]
+    flat, steps, sample = states.flatten(0, 1), covered.steps.flatten(), covered.sample.flatten()
+    if static_shapes or bool((covered.length == window).all()):
         return Query(flat, steps, sample, None)
-    place = (column < length[:, None]).flatten().nonzero()[:, 0]
+    column = torch.arange(window, device=steps.device)
+    place = (column < covered.length[:, None]).flatten().nonzero()[:, 0]
     return Query(flat[place], steps[place], sample[place], place)
 
 
@@ -246,12 +242,12 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         proposed: what it returned.
         output: the target's answer to ``proposed.query``, whoever evaluated it.
     """
-    process, situation, length = setup.request.process, proposed.situation, proposed.length
+    process, situation, length = setup.request.process, proposed.situation, proposed.span.length
     states, draft_output = proposed.proposal
     output = _in_windows(output, proposed)  # [B, W, D]
     tau, ledger = None, live.ledger
     if setup.relaxation and ledger:
-        tau = ledger.tau(setup.relaxation, situation, proposed.proposal, output, length)  # [B, W-1]
+        tau = ledger.tau(setup.relaxation, situation, proposed.proposal, output, proposed.span)  # [B, W-1]
     verification = verify(
         states,
         output.output,
@@ -271,12 +267,13 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
     if tau is not None and ledger:
         uniforms = proposed.uniforms
         if uniforms is None:
-            column = torch.arange(tau.shape[1], device=tau.device)
-            steps = (situation.step[:, None] + column).clamp_(max=process.num_steps - 1)
+            steps = proposed.span.steps[:, : tau.shape[1]]
             uniforms = uniform(live.seed[:, None], steps, stream=TEST_STREAM, impl=setup.impl)
-        ledger = ledger.settle(tau, verification, uniforms)
-    usable = leading_finite(output).clamp(max=length).clamp_(min=1)
-    last = LastWindow(situation.step, usable, states, output.output, output.unconditional, output.feature)
+        ledger = ledger.settle(tau, verification, uniforms, setup.impl)
+    sound = finite(
+        output.output, length, verification.next_state, unconditional_output=output.unconditional, impl=setup.impl
+    )
+    last = LastWindow(situation.step, sound.usable, states, output.output, output.unconditional, output.feature)
     moved = replace(
         live,
         state=verification.next_state,
@@ -286,7 +283,7 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         x0=None if live.x0 is None else verification.x0,
         memory=setup.drafter.remember(situation, last),
     )
-    return moved, Round(situation, length, states, len(proposed.query.states), verification)
+    return moved, Round(situation, length, states, len(proposed.query.states), verification, sound.state)
 
 
 def _in_windows(output: TargetOutput, proposed: Proposed) -> TargetOutput:
@@ -307,14 +304,3 @@ def _in_windows(output: TargetOutput, proposed: Proposed) -> TargetOutput:
     assert main is not None
     unconditional, feature = in_windows(output.unconditional, 2), in_windows(output.feature, 3)
     return TargetOutput(main, unconditional, feature, in_windows(output.variance_share, 1))
-
-
-def leading_finite(output: TargetOutput) -> torch.Tensor:
-    """int64 [B]: how many states of each window the target gave finite outputs for, before the first other one.
-
-    An abandoned state may be one that the target overflows at; it must not become an anchor.
-    """
-    total = output.output.sum(-1, dtype=torch.float32)  # [B, W]; a sum shows what is not finite in it
-    if output.unconditional is not None:
-        total = total + output.unconditional.sum(-1, dtype=torch.float32)
-    return torch.isfinite(total).cumprod(-1).sum(-1)

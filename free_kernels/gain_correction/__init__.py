@@ -70,7 +70,10 @@ def gain_correction(
     check_scales(scales, table.num_steps, device)
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}; allowed is 0 or more")
-    resolve(impl, device, path=path, known_states=known_states)
-    return reference.gain_correction(
-        path, step, known_states, known_x0, known_sums, known_step, known_length, table, scales, patches, ridge
-    )
+    arguments = (path, step, known_states, known_x0, known_sums, known_step, known_length, table, scales, patches, ridge)
+    chosen = resolve(impl, device, path=path, known_states=known_states, known_x0=known_x0, known_sums=known_sums)
+    if chosen == "triton":
+        from free_kernels.gain_correction import kernel
+
+        return kernel.gain_correction(*arguments)
+    return reference.gain_correction(*arguments)

@@ -60,7 +60,7 @@ def gain_of(sums: torch.Tensor, noise_ratio: torch.Tensor, patches: Patches, rid
     answered, unanswered = sums.unbind(-2)
     unanswered = unanswered * noise_ratio
     # a band that little is known of answers as all do together
-    share = patches.member.to(sums.dtype).mean(0).repeat(patches.groups) * (ridge / patches.groups)  # [bands]
+    share = patches.share.to(sums.dtype).repeat(patches.groups) * (ridge / patches.groups)  # [bands]
     answered = (answered + share * answered.sum(-1, keepdim=True)).clamp(min=0)
     unanswered = unanswered + share * unanswered.sum(-1, keepdim=True)
     unanswered = torch.maximum(unanswered, answered * (1 / NEVER_ABOVE - 1))

@@ -117,5 +117,18 @@ def learn_gains(
         unconditional_outputs,
         guidance_scale,
     )
-    resolve(impl, device, states=states, outputs=outputs, unconditional_outputs=unconditional_outputs)
+    chosen = resolve(
+        impl,
+        device,
+        states=states,
+        outputs=outputs,
+        unconditional_outputs=unconditional_outputs,
+        known_states=known_states,
+        known_x0=known_x0,
+        known_sums=known_sums,
+    )
+    if chosen == "triton":
+        from free_kernels.learn_gains import kernel
+
+        return Knowledge(*kernel.learn_gains(*arguments))
     return Knowledge(*reference.learn_gains(*arguments))

@@ -60,6 +60,7 @@ def learn_gains(
     since = (pairs[..., :, None] - pairs[..., None, :]).clamp(min=0)
     weight = torch.stack([kept ** since[:, kind] for kind, kept in enumerate(forgetting)], 1).tril()  # [B, 2, W, W]
     left = torch.stack([kept ** pairs[:, kind] for kind, kept in enumerate(forgetting)], 1)
-    settled = known_sums[row[:, 0], (step - known_step - 1).clamp(min=0)].to(dtype)  # [B, 2, 2, bands]
+    last = (step - known_step - 1).clamp(0, known_sums.shape[1] - 1)  # of a settled step
+    settled = known_sums[row[:, 0], last].to(dtype)  # [B, 2, 2, bands]
     sums = weight @ taught.flatten(-2) + left[..., None] * settled.flatten(-2)[:, :, None]
     return states, x0, sums.transpose(1, 2).unflatten(-1, (2, -1)).contiguous()

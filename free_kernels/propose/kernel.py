@@ -8,13 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
-from free_kernels.launch import block_size, check_programs, eager, on_device, rows_of
+from free_kernels.launch import check_programs, eager, on_device, rows_of
 from free_kernels.philox.kernel import block_offsets
 from free_kernels.posterior.kernel import effective_output, load_column, load_guided, load_noise, mean_columns, step_mean
 from free_kernels.table import StepTable
 
 MAX_BLOCK = 1024
 """Elements of a program: more of them, held through the whole walk, do not fit the registers everywhere."""
+MIN_BLOCK = 256
+"""Fewer of them are the same work a thread on no more processors."""
+
+
+def block_of(numel: int) -> int:
+    """Elements that a program walks with. Each goes alone, so that no bit depends on it: a small sample is spread out."""
+    return MIN_BLOCK if numel < 2**15 else MAX_BLOCK
 
 
 @triton.jit
@@ -197,7 +204,8 @@ def _propose(
     previous = state if previous_x0 is None else rows_of(previous_x0)
     states = torch.empty(batch, window, numel, dtype=torch.float32, device=state.device)
     drafted = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=state.device)
-    block = min(block_size(numel), MAX_BLOCK)
+    # x0 is held through the walk too
+    block = block_of(numel) if previous_x0 is None else min(block_of(numel), MAX_BLOCK // 2)
     grid = check_programs("state", batch * triton.cdiv(numel, block))
     with on_device(state):
         propose_kernel[(grid,)](
@@ -236,6 +244,7 @@ def _propose(
             HAS_CORRECTION=correction is not None,
             MEMORY=previous_x0 is not None,
             COUNTERS=block // 4,
+            num_warps=min(block // 128, 4),  # of small blocks, a counter of four elements a thread
             enable_fp_fusion=False,
         )
     return states, drafted

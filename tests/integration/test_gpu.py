@@ -86,13 +86,16 @@ def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int
 
 @pytest.mark.parametrize("window", [1, 4, 8])
 @pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
-def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: int) -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: int, order: int) -> None:
     """Elementwise, so that the shapes that batches shrink through do not matter."""
     target = free.as_target(ElementwiseTarget())
+    angle = torch.linspace(1.5, 0.0, 51)
+    timestep = free.ReverseProcess.ddpm(50).timestep
     for seed in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
         common: dict[str, Any] = {
             "latents": torch.full((5, 4, 8, 8), 0.5, device="cuda"),
-            "num_inference_steps": 50,
+            "process": free.ReverseProcess.from_levels(angle.cos(), angle.sin(), timestep, order=order),
             "seed": seed,
             "window": window,
         }
@@ -102,6 +105,9 @@ def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: in
         for name in ("rounds", "tested", "accepted"):
             assert getattr(captured.stats, name).tolist() == getattr(eager.stats, name).tolist()
         assert captured.stats.seconds["round"] > 0
+        del common["window"]
+        step_by_step = [free.ancestral_sample(target, capture=capture, **common).samples for capture in (False, True)]
+        assert torch.equal(*step_by_step)
 
 
 def test_the_captured_ancestral_sampler_equals_the_eager_one_to_the_bit() -> None:
@@ -143,15 +149,13 @@ def make_drafter(name: str, model: DiTTransformer2DModel, make_dit: Callable[...
     return make_dit(seed=1).cuda() if name == "model" else name
 
 
-@pytest.mark.parametrize("drafter", ["hold-x0", "linear, fresh noise", "feature", "model"])
-@pytest.mark.parametrize("sample", [free.speculative_sample, free.ancestral_sample])
+@pytest.mark.parametrize("drafter", [None, "hold-x0", "linear, fresh noise", "feature", "model"])
 def test_a_raw_model_is_recorded_once_and_its_graphs_read_nothing_that_was_freed(
     make_dit: Callable[..., DiTTransformer2DModel],
     monkeypatch: pytest.MonkeyPatch,
-    sample: Callable[..., Any],
-    drafter: str,
+    drafter: str | None,
 ) -> None:
-    """The reference operations: torch does not follow what kernels of others read."""
+    """The reference operations: torch does not follow what kernels of others read. None is the ancestral sampler."""
     made = []
 
     class Counted(Recording[Any]):
@@ -163,7 +167,8 @@ def test_a_raw_model_is_recorded_once_and_its_graphs_read_nothing_that_was_freed
     if "check_input_liveness" in inspect.signature(torch.cuda.graph).parameters:
         monkeypatch.setattr(torch.cuda, "graph", functools.partial(torch.cuda.graph, check_input_liveness=True))
     model, process = make_dit().cuda(), free.ReverseProcess.ddpm(12)
-    arguments = [] if sample is free.ancestral_sample else [make_drafter(drafter, model, make_dit)]
+    sample: Callable[..., Any] = free.ancestral_sample if drafter is None else free.speculative_sample
+    arguments = [] if drafter is None else [make_drafter(drafter, model, make_dit)]
     counts, samples, poison = [], [], []
     for _ in range(3):
         # the process is made anew on the device in each call

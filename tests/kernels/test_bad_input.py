@@ -52,6 +52,35 @@ def good() -> dict[str, dict[str, Any]]:
             "length": index,
             "table": process,
         },
+        "span": {"step": index, "reach": index, "window": 3},
+        "finite": {"target_output": window, "length": index, "state": rows},
+        "tally": {
+            "progress": torch.zeros(4, 2, dtype=torch.int64),
+            "by_step": torch.zeros(5, 3, dtype=torch.float64),
+            "index": torch.arange(2),
+            "step": index,
+            "length": index,
+            "advance": index,
+            "rejected": index > 0,
+            "squared_norm": rows,
+            "next_step": index,
+            "state_finite": index > 0,
+        },
+        "relaxed_tau": {
+            "uncertainty": rows,
+            "strength": 1.0,
+            "squared_norm": rows,
+            "spent": torch.zeros(2, 2, dtype=torch.float64),
+            "budget": 0.5,
+        },
+        "relaxed_cost": {
+            "squared_norm": rows,
+            "tau": rows,
+            "advance": index,
+            "rejected": index > 0,
+            "spent": torch.zeros(2, 2, dtype=torch.float64),
+            "rejection": torch.zeros(2, 2, dtype=torch.float64),
+        },
     }
 
 
@@ -89,17 +118,21 @@ def test_dtype(operation: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("operation", "name"),
-    [pair for pair in tensors() if pair[1] not in ("state", "states", "noise", "proposal") and pair != ("uniform", "seed")],
+    [pair for pair in tensors() if pair[1] != next(iter(good()[pair[0]]))],
 )
 def test_device(operation: str, name: str) -> None:
     """The first tensor's device is the operation's; any other argument may be the stray one."""
-    if name == "seed" and operation in ("philox", "normal"):
-        pytest.skip("the first tensor")
     refuses(operation, rf"^{name} is on meta; the other arguments are on cpu", **{name: good()[operation][name].to(META)})
 
 
 @pytest.mark.parametrize(
-    ("operation", "name"), [pair for pair in tensors() if pair[0] not in ("philox", "normal", "uniform")]
+    ("operation", "name"),
+    [
+        pair
+        for pair in tensors()
+        if pair[0] not in ("philox", "normal", "uniform", "span")
+        and pair not in (("tally", "by_step"), ("tally", "index"))  # of other sizes than the batch; what the batch is
+    ],
 )
 def test_batch(operation: str, name: str) -> None:
     """One row too few: the argument itself is named, or, for the first, one that no longer fits it."""
@@ -131,6 +164,15 @@ def test_batch(operation: str, name: str) -> None:
         ("verify", "states", (2, 12)),
         ("verify", "draft_output", (2, 3, 4)),
         ("verify", "length", (2, 1)),
+        ("span", "step", (2, 1)),
+        ("span", "reach", (0,)),
+        ("finite", "target_output", (2, 0, 4)),
+        ("finite", "state", (2, 5)),
+        ("tally", "progress", (3, 2)),
+        ("tally", "by_step", (5, 2)),
+        ("relaxed_tau", "squared_norm", (2, 3)),
+        ("relaxed_cost", "tau", (2, 3)),
+        ("relaxed_cost", "spent", (2, 3)),
     ],
 )
 def test_shape(operation: str, name: str, shape: tuple[int, ...]) -> None:
@@ -173,6 +215,17 @@ def test_too_few_columns() -> None:
     refuses("verify", "^uniforms has 1 columns; a window of 3 needs 2", uniforms=torch.zeros(2, 1))
     refuses("propose", "^window is 0; allowed is 1 or more", window=0)
     refuses("propose", "^draft is 'hold'; known are 'hold-x0', 'hold-output'", draft="hold")
+
+
+def test_what_a_round_is_made_of() -> None:
+    refuses("span", "^window is 0; allowed is 1 or more", window=0)
+    refuses("finite", "^unconditional_output has shape", unconditional_output=torch.zeros(2, 2, 4))
+    refuses("finite", "^unconditional_output is on meta", unconditional_output=torch.zeros(2, 3, 4, device=META))
+    for name, shape in (("progress", (2, 4)), ("by_step", (3, 5))):
+        across = torch.zeros(shape, dtype=good()["tally"][name].dtype).T
+        refuses("tally", rf"^{name} has strides .*; allowed is contiguous memory", **{name: across})
+    for name in ("squared_norm", "spent"):
+        refuses("relaxed_tau", r"^budget is 0\.5 without squared_norm and spent", **{name: None})
 
 
 @pytest.mark.parametrize("operation", ["posterior", "acceptance", "propose", "verify"])

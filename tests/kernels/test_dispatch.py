@@ -95,8 +95,30 @@ def all_operations(
     steps_of_second = free_kernels.posterior_with_memory(state, outputs[:, 0], state * 0.5, seed, step, second, impl=impl)
     words = free_kernels.philox(seed, step, 2, impl=impl)
     noise, test = free_kernels.normal(seed, step, 5, impl=impl), free_kernels.uniform(seed, step, impl=impl)
+    covered = free_kernels.span(step, torch.full_like(process.std, len(process.std) - 1, dtype=torch.int64), 3, impl=impl)
+    finite = free_kernels.finite(outputs, length, state, unconditional_output=outputs, impl=impl)
+    sums = torch.ones(len(step), 2, dtype=torch.float64, device=step.device)
+    tau = free_kernels.relaxed_tau(
+        states[:, 1:, 0].sigmoid(), 1.0, squared_norm=exact.squared_norm, spent=sums, budget=1.1, impl=impl
+    )
+    cost = free_kernels.relaxed_cost(exact.squared_norm, tau, exact.advance, exact.rejected, sums, sums, impl=impl)
+    relaxed = (*covered, *finite, tau, *cost)
     of_second = (*remembered, *ratios_of_second, *drafts_of_second, *steps_of_second)
-    return (*plain, *proposal, *exact, *verified, state, *ratios, *general, reflected, words, noise, test, *of_second)
+    return (
+        *plain,
+        *proposal,
+        *exact,
+        *verified,
+        state,
+        *ratios,
+        *general,
+        reflected,
+        words,
+        noise,
+        test,
+        *of_second,
+        *relaxed,
+    )
 
 
 def arguments(device: torch.device) -> tuple[Any, ...]:
@@ -154,3 +176,12 @@ def test_registered_operations_keep_their_promises(device: torch.device) -> None
             ),
             test_utils=("test_schema", "test_faketensor"),
         )
+    from free_kernels.tally import kernel as tally
+
+    progress = torch.zeros(4, 3, dtype=torch.int64, device=device)
+    by_step = torch.zeros(9, 3, dtype=torch.float64, device=device)
+    torch.library.opcheck(
+        tally._tally_op,
+        (progress, by_step, step % 3, step, step, step, seed > 1, states[:, :2, 0].contiguous(), step, seed > 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -244,6 +246,18 @@ def test_propose_reads_any_strides(device: torch.device, layout: str) -> None:
 @pytest.mark.parametrize(("numel", "window"), [(1, 3), (1025, 2), (9, 1)])
 def test_propose_of_any_size(device: torch.device, numel: int, window: int) -> None:
     check_propose(device, table(), numel, window, "hold-x0")
+
+
+def test_the_bits_of_a_proposal_do_not_depend_on_its_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, states, outputs = helpers.normal(2, 1030), helpers.normal(2, 3, 1030, seed=1), helpers.normal(2, 3, 1030, seed=2)
+    seed, step = SEEDS[:2].to(device), torch.tensor([0, 4], device=device)
+    anchors = (states.to(device), outputs.to(device), step, step + 1)
+    results = []
+    for block in (256, 1024):
+        monkeypatch.setattr(import_module("free_kernels.propose.kernel"), "block_of", lambda numel, block=block: block)
+        results.append(propose(state.to(device), seed, step, 3, *anchors, on(device, table()), impl="triton"))
+    for small, large in zip(*results, strict=True):
+        assert torch.equal(small, large)
 
 
 def test_propose_ignores_noise_and_correction_for_a_window_of_one(device: torch.device) -> None:

@@ -12,7 +12,12 @@ STEPS = 14
 
 
 def run(
-    device: torch.device, impl: str, drafter: str = "hold-x0", window: int = 4, clip: bool = False
+    device: torch.device,
+    impl: str,
+    drafter: str = "hold-x0",
+    window: int = 4,
+    clip: bool = False,
+    relaxation: free.Relaxation | None = None,
 ) -> free.SamplingOutput:
     return free.speculative_sample(
         GaussianTarget.example(),
@@ -21,6 +26,7 @@ def run(
         latents=torch.zeros(3, 6, device=device) + 0.5,
         seed=[3, -4, 2**50],
         window=window,
+        relaxation=relaxation,
         impl=impl,
     )
 
@@ -32,6 +38,19 @@ def test_speculative_sampler_equals_the_reference(device: torch.device, drafter:
     assert got.stats.rounds.tolist() == expected.stats.rounds.tolist()
     assert got.stats.accepted.tolist() == expected.stats.accepted.tolist()
     assert 0 < got.stats.accepted.sum() < got.stats.tested.sum()  # both branches were taken
+    torch.testing.assert_close(got.samples.cpu(), expected.samples, rtol=1e-4, atol=1e-4)
+
+
+def test_a_relaxed_run_equals_the_reference(device: torch.device) -> None:
+    relaxation = free.Relaxation(2.0, "residual", budget=0.4)
+    got = run(device, "triton", "hold-output", relaxation=relaxation)
+    expected = run(torch.device("cpu"), "reference", "hold-output", relaxation=relaxation)
+    for name in ("rounds", "tested", "accepted"):
+        assert getattr(got.stats, name).tolist() == getattr(expected.stats, name).tolist(), name
+    for name in ("delta_sum", "excess_acceptance", "divergence"):
+        assert getattr(got.stats, name) == pytest.approx(getattr(expected.stats, name), rel=1e-4, abs=1e-9), name
+    assert (expected.stats.excess_acceptance > 0).all()
+    assert (expected.stats.excess_acceptance <= 0.4).all()
     torch.testing.assert_close(got.samples.cpu(), expected.samples, rtol=1e-4, atol=1e-4)
 
 

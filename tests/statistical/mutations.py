@@ -139,14 +139,14 @@ def _unguided() -> Any:
 def _finite_or_nothing() -> Any:
     """The anchors of a window are usable if all its states are finite: the later ones have seen the noise of the drafts."""
 
-    def make(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def planted(output: Any) -> torch.Tensor:
-            finite = original(output)
-            return torch.where(finite == output.output.shape[1], finite, 1)
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def planted(target_output: Any, length: torch.Tensor, *rest: Any) -> Any:
+            found = original(target_output, length, *rest)
+            return found._replace(usable=torch.where(found.usable == length, found.usable, 1))
 
         return planted
 
-    return replaced("free.sampling.window", "leading_finite", make)
+    return replaced("free_kernels.finite.reference", "finite", make)
 
 
 def _latents_of_step_0() -> Any:
@@ -184,7 +184,7 @@ def _later_feature() -> Any:
 
 def _two_moments() -> Any:
     """The divergence of a relaxed step without the third moment of its bound."""
-    module = importlib.import_module("free.sampling.relaxation")
+    module = importlib.import_module("free_kernels.relaxation.reference")
 
     def make(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def planted(squared_norm: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
@@ -197,7 +197,20 @@ def _two_moments() -> Any:
 
         return planted
 
-    return replaced("free.sampling.relaxation", "divergence", make)
+    return replaced("free_kernels.relaxation.reference", "divergence", make)
+
+
+def _budget_anew() -> Any:
+    """Each test of a window may spend what is left of the budget before the window."""
+
+    def make(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def planted(*arguments: Any) -> torch.Tensor:
+            with mock.patch.object(torch.Tensor, "cumsum", lambda values, dim: values):
+                return original(*arguments)
+
+        return planted
+
+    return replaced("free_kernels.relaxation.reference", "relaxed_tau", make)
 
 
 def _rows_of_another() -> Any:
@@ -356,7 +369,7 @@ MUTATIONS: dict[str, Mutation] = {
         _rows_left_behind, ("chain: gaussian, hold-x0, W=4, guided, rows of their own",)
     ),
     "budget spent by each test anew": Mutation(
-        lambda: within("free.sampling.relaxation", "Ledger", "tau", cumsum=lambda values, dim: values),
+        _budget_anew,
         ("certificate: within a budget",),
     ),
     "divergence without its third moment": Mutation(_two_moments, ("certificate: tau 0.02",)),

@@ -18,7 +18,7 @@ SHAPES = [(6,), (2, 3, 4), (301,)]
 LARGE = (4, 32, 32)
 """Large enough for torch to split a reduction or a loop among threads."""
 FORMS = ["plain", "clipped", "second order"]
-DRAFTERS = ["hold-x0", "hold-output", "shifted"]
+DRAFTERS = ["hold-x0", "hold-output", "gains", "shifted"]
 
 
 def make_process(form: str = "plain") -> free.ReverseProcess:
@@ -75,7 +75,12 @@ def test_a_window_of_one_is_the_ancestral_sampler(shape: tuple[int, ...], drafte
 
 @pytest.mark.parametrize(
     ("shape", "drafter", "guidance_scale"),
-    [*itertools.product(SHAPES, DRAFTERS, [1.0, 2.0]), (LARGE, "hold-x0", 1.0), (LARGE, "shifted", 2.0)],
+    [
+        *itertools.product(SHAPES, DRAFTERS, [1.0, 2.0]),
+        (LARGE, "hold-x0", 1.0),
+        (LARGE, "gains", 1.0),
+        (LARGE, "shifted", 2.0),
+    ],
 )
 @pytest.mark.parametrize("form", ["plain", "second order"])
 def test_a_sample_does_not_depend_on_its_batch(

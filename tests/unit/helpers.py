@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,3 +52,17 @@ def small_table(num_steps: int = 6, clip_range: float | None = None, dtype: torc
     process = ReverseProcess.ddpm(num_steps, clip_sample=clip_range is not None, clip_sample_range=clip_range or 1.0)
     columns = [column.to(dtype) for column in process.table.columns]
     return StepTable(*columns, clip_range)
+
+
+def on_meta(value: Any) -> Any:
+    """The same shapes without numbers: reading one raises, as does a copy to another device, or a shape that needs one."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {name: on_meta(entry) for name, entry in value.items()}
+    if isinstance(value, ReverseProcess):
+        moved = object.__new__(ReverseProcess)  # its checks read numbers
+        for field in dataclasses.fields(value):
+            object.__setattr__(moved, field.name, on_meta(getattr(value, field.name)))
+        return moved
+    return value

@@ -121,9 +121,9 @@ def test_samplers(model: Recorder, sample: Callable[..., Any], given: dict[str, 
         ({"window": True}, r"window is True; allowed is an int, 1 or more"),
         (
             {"drafter": "hold"},
-            r"drafter is 'hold'; known are 'hold-x0', 'hold-output', a drafter's folder, or a Drafter, or a model",
+            r"drafter is 'hold'; known are 'hold-x0', 'hold-output', 'gains', a drafter's folder, or a Drafter, or a model",
         ),
-        ({"drafter": ""}, r"drafter is ''; known are 'hold-x0', 'hold-output'"),
+        ({"drafter": ""}, r"drafter is ''; known are 'hold-x0', 'hold-output', 'gains'"),
     ],
 )
 def test_speculative_sampler(model: Recorder, given: dict[str, Any], message: str) -> None:
@@ -697,7 +697,7 @@ def test_noise_of_an_operation(op: str, shape: tuple[int, ...]) -> None:
         ("normal", {"stream": -1}, r"stream is -1; allowed is 0 … 2\*\*32 - 1"),
         ("philox", {"stream": 2**32}, r"stream is 4294967296; allowed is 0 … 2\*\*32 - 1"),
         ("uniform", {"stream": 2**32}, r"stream is 4294967296; allowed is 0 … 2\*\*32 - 1"),
-        ("propose", {"draft": "hold"}, r"draft is 'hold'; known are 'hold-x0', 'hold-output'"),
+        ("propose", {"draft": "hold"}, r"draft is 'hold'; known are 'hold-x0', 'hold-output', 'gains'"),
         ("propose", {"window": 0}, r"window is 0; allowed is 1 or more"),
         ("propose", {"noise": torch.zeros(B, 1, D)}, r"noise has 1 columns; a window of 3 needs 2"),
         ("verify", {"uniforms": torch.zeros(B, 1)}, r"uniforms has 1 columns; a window of 3 needs 2"),

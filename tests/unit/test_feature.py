@@ -64,6 +64,23 @@ def test_untrained_it_drafts_as_hold_x0(dit: DiTTransformer2DModel, sweeps: int)
         torch.testing.assert_close(ours.draft_output, theirs.draft_output, atol=1e-2, rtol=1e-2)  # divided by x0_model_coef
 
 
+@pytest.mark.slow
+def test_compiled_it_drafts_the_same(dit: DiTTransformer2DModel) -> None:
+    """In one piece, what makes its inputs included; and it is as it was afterwards."""
+    torch._dynamo.reset()
+    drafter = random_weights(FeatureDrafter.from_target(dit))
+    situations = in_every_round(dit, lambda situation: situation, window=3)[1:3]
+    with torch.no_grad():
+        proposals = [drafter.propose(situation) for situation in situations]
+        # through a wrapper too
+        with Fresh(drafter).running(compile=True, backend="aot_eager"):
+            assert "predict" in vars(drafter)
+            again = [drafter.propose(situation) for situation in situations]
+    assert "predict" not in vars(drafter)
+    for ours, theirs in zip(again, proposals, strict=True):
+        torch.testing.assert_close(ours.states, theirs.states, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("window", [1, 2, 4])
 def test_as_many_sweeps_as_drafts_are_a_walk(dit: DiTTransformer2DModel, window: int) -> None:
     """The first state of a path is given, and each sweep makes one state more what the walk makes it."""

@@ -18,7 +18,7 @@ from free.drafters import as_drafter
 from free.sampling.account import Account
 from free.sampling.statistics import Stopwatch
 from free.sampling.window import Setup, advance, first_window
-from tests.unit.helpers import GaussianModel, Recorder
+from tests.unit.helpers import GaussianModel, Recorder, on_meta
 from tests.unit.rehearsal import request_for, run_loop, static_setup
 
 CPU = torch.device("cpu")
@@ -28,20 +28,6 @@ CPU = torch.device("cpu")
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def on_meta(value: Any) -> Any:
-    """The same shapes without numbers: reading one raises, as does a copy to another device, or a shape that needs one."""
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {name: on_meta(entry) for name, entry in value.items()}
-    if isinstance(value, ReverseProcess):
-        moved = object.__new__(ReverseProcess)  # its checks read numbers
-        for field in dataclasses.fields(value):
-            object.__setattr__(moved, field.name, on_meta(getattr(value, field.name)))
-        return moved
-    return value
 
 
 def linear(process: ReverseProcess) -> LinearDrafter:

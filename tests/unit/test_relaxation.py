@@ -247,19 +247,19 @@ def test_rejection_is_a_mean_over_earlier_tests_that_fades() -> None:
     ledger = ledger.settle(tau, verification([9.0, math.inf, math.nan], 2, False), low)  # one test, then the exact last step
     assert ledger.rejection[0].tolist() == pytest.approx([(rejects(1) + rejects(2)) / 2 + rejects(3), 2.0])
     assert ledger.spent[0].tolist() == pytest.approx(
-        [*(cost(torch.tensor(4.0), 0.5).item() for cost in (excess_acceptance, divergence)), 0]
+        [cost(torch.tensor(4.0), 0.5).item() for cost in (excess_acceptance, divergence)]
     )
     # of three accepted drafts the first had an exact test, and the others are saved where such a one would have rejected
     accepted = verification([1.0, 4.0, 4.0], 4, False)
-    assert ledger.settle(tau, accepted, high).spent[0, 2] == 2
-    assert ledger.settle(tau, accepted, low).spent[0, 2] == 0
+    assert ledger.settle(tau, accepted, high).saved[0] == 2
+    assert ledger.settle(tau, accepted, low).saved[0] == 0
 
 
 def drafted_steps(process: free.ReverseProcess, share: torch.Tensor, step: torch.Tensor) -> DraftedSteps:
     empty = torch.zeros(*step.shape, 1)
     return DraftedSteps(
-        step, process.timestep[step], torch.ones_like(step, dtype=torch.bool), empty, empty, None, empty, share,
-        torch.zeros(len(step), dtype=torch.float64), process, (1,),
+        step, torch.full_like(step[:, 0], step.shape[1] + 1), empty, empty, None, empty, share,
+        torch.zeros(len(step), 2, dtype=torch.float64), process, (1,),
     )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def test_learned_uncertainty_is_relative_to_the_std_in_use(variance: str) -> Non
 
 def test_residual_uncertainty() -> None:
     drafted = drafted_steps(free.ReverseProcess.ddpm(20), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
-    drafted = dataclasses.replace(drafted, rejection=torch.tensor([0.0, 0.25], dtype=torch.float64))
+    drafted = dataclasses.replace(drafted, fared=torch.tensor([[0.0, 0.0], [0.75, 3.0]], dtype=torch.float64))
     tau = free.Relaxation(2.0, "residual").tau(drafted)
     assert tau.dtype == torch.float32
     torch.testing.assert_close(tau, torch.tensor([[1.0] * 3, [math.exp(-0.5)] * 3]))
