@@ -148,9 +148,10 @@ class Loop:
         settled = self.settled()
         if latents.shape[1:] == settled.shape[1:]:
             return torch.cat([settled] * self.plan.copies)
+        # in another shape than the scheduler sees: the first state of each sample is the settled one, if it has a state
+        self._carries_over = True
         if not isinstance(latents, Rows):
             return latents
-        # in another shape than the scheduler sees: the first state of each sample is the settled one
         batch = torch.arange(len(settled), device=latents.device)
         return plain(latents)[(latents.place.sample[:, None] == batch).int().argmax(0)]
 

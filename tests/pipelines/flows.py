@@ -210,7 +210,7 @@ def hidream() -> Made:
         num_routed_experts=4,
         num_activated_experts=2,
         axes_dims_rope=(4, 2, 2),
-        max_resolution=(32, 32),
+        max_resolution=(8, 8),
         llama_layers=(0, 1),
         force_inference_output=True,
     )

@@ -166,10 +166,13 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_pipelines_that_carry_rows_over_return_plain_tensors() -> None:
     pipe, call = CASES["LTXImageToVideoPipeline"].make()
-    with free.speculate(pipe, eta=1.0):
-        frames = pipe(**call).frames
+    seen = []
+    with free.speculate(pipe, eta=1.0) as run:
+        frames = pipe(**call, callback_on_step_end=lambda *given: seen.append(given[3]["latents"]) or {}).frames
     assert type(frames) is torch.Tensor
     assert len(frames) == 2
+    assert len(seen) == run.stats.rounds.max()
+    assert all(latents.shape == seen[0].shape and len(latents) == 2 for latents in seen)
 
 
 def test_latents_that_a_pipeline_rounds_are_not_edited_ones() -> None:
