@@ -215,6 +215,7 @@ def hidream() -> Made:
         force_inference_output=True,
     )
     pipe = assemble("HiDreamImagePipeline", transformer=transformer, scheduler=flow())
+    pipe.default_sample_size = 8  # it scales what is asked for to this
     call = {
         "prompt_embeds_t5": noise(BATCH, 6, 32),
         "negative_prompt_embeds_t5": noise(BATCH, 6, 32, seed=1),
