@@ -127,11 +127,7 @@ class Loop:
         rows = len(sample) // self.plan.copies
         if self.run is None:
             self._start(sample[:rows], arguments)
-        elif (
-            self._handed_out is None
-            or sample.shape != self._handed_out.shape
-            or not torch.equal(sample, self._handed_out.to(sample.dtype))
-        ):
+        elif not self._is_handed_out(sample):
             raise UnsupportedPipelineError(
                 "the latents were changed between two steps (inpainting by blending, or a callback that returns latents); "
                 "that is another process, which cannot be speculated"
@@ -197,6 +193,14 @@ class Loop:
             self._proposed = propose(self.run.live, setup, self._window)
         self._batch = len(sample)
 
+    def _is_handed_out(self, sample: torch.Tensor) -> bool:
+        """Whether these are the states of the round, which the pipeline may have rounded to a dtype of its own."""
+        given = self._handed_out
+        if given is None or sample.shape != given.shape:
+            return False
+        dtypes = (sample.dtype, torch.bfloat16, torch.float16)
+        return any(torch.equal(sample, given.to(dtype).to(sample.dtype)) for dtype in dtypes)
+
     def _find_barriers(self, process: ReverseProcess) -> list[int]:
         """Steps that all samples reach before any passes, ascending; the last is S."""
         steps = [process.num_steps]
@@ -248,7 +252,7 @@ class Loop:
             return samples
         everyone = torch.arange(self._batch, device=device)
         last = request.process.timestep[-1].expand(self._batch)
-        return Rows.of(samples, self._lay_out(number, everyone, last))
+        return Rows.of(samples, replace(self._lay_out(number, everyone, last), final=True))
 
     def _lay_out(self, number: int, sample: torch.Tensor, timestep: torch.Tensor) -> Layout:
         timestep = timestep.to(self.timesteps)

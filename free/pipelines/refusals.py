@@ -89,20 +89,21 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise UnsupportedPipelineError(f"{name} is {arguments[name]!r}; while speculating allowed is {words}: {reason}")
 
 
-def check_guider(pipe: Any) -> None:
-    """Raise for a guider that follows the number of the step, or remembers."""
-    guider = getattr(pipe, "guider", None)
-    if guider is None:
-        return
-    name = type(guider).__name__
-    start, stop = getattr(guider, "_start", 0.0), getattr(guider, "_stop", 1.0)
-    if start > 0 or stop < 1:
-        raise UnsupportedPipelineError(
-            f"guider is a {name} from {start} to {stop} of the steps; while speculating allowed is 0 to 1: it counts rounds"
-        )
-    if name not in GUIDERS:
-        raise UnsupportedPipelineError(f"guider is a {name}; while speculating allowed are {', '.join(GUIDERS)}")
-
-
 GUIDERS = ("ClassifierFreeGuidance", "TangentialClassifierFreeGuidance")
 """Those whose guidance is a function of the two answers alone."""
+
+
+def check_guiders(components: dict[str, Any]) -> None:
+    """Raise for a guider that follows the number of the step, or remembers."""
+    from diffusers.guiders.guider_utils import BaseGuidance
+
+    for key, guider in components.items():
+        if not isinstance(guider, BaseGuidance):
+            continue
+        name, start, stop = type(guider).__name__, guider._start, guider._stop
+        if name not in GUIDERS:
+            raise UnsupportedPipelineError(f"{key} is a {name}; while speculating allowed are {', '.join(GUIDERS)}")
+        if start > 0 or stop < 1:
+            raise UnsupportedPipelineError(
+                f"{key} guides from {start} to {stop} of the steps; while speculating allowed is 0 to 1: it counts rounds"
+            )

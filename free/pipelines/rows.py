@@ -8,7 +8,7 @@ tensor with a row a sample that meets them is indexed, so that each state meets 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Layout:
     """[]: the one of them that stands for all where the pipeline makes a number of it."""
     taken_over: Callable[[], None]
     """Told when rows of an earlier round are carried into this one, which needs a row of every sample."""
+    final: bool = False
+    """Whether these are the samples, one row each, from which on tensors are plain again."""
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -108,15 +110,17 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def change_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Nested lists, tuples and dicts with every tensor changed."""
+    """Nested lists, tuples, dicts and outputs of diffusers with every tensor changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
+    if is_dataclass(value) and isinstance(value, dict):
+        entries = {entry.name: change_tensors(getattr(value, entry.name), change) for entry in fields(value)}
+        return type(value)(**entries)
     if isinstance(value, dict):
-        changed = {name: change_tensors(entry, change) for name, entry in value.items()}
-        return changed if type(value) is dict else type(value)(**changed)
+        return {name: change_tensors(entry, change) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        entries = [change_tensors(entry, change) for entry in value]
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        changed = [change_tensors(entry, change) for entry in value]
+        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
     return value
 
 
@@ -134,7 +138,8 @@ _ALONG_ROWS = _methods("cat", "concat", "chunk", "split", "tensor_split", "narro
 _ROW_BY_ROW = _methods("unbind", "select")
 _RESHAPES = _methods("view", "reshape", "flatten", "unflatten")
 _REPEATS = _methods("repeat_interleave")
-_PERMUTES = _methods("permute", "transpose", "swapaxes", "movedim")
+_PERMUTES = _methods("permute", "transpose", "swapaxes", "movedim", "t")
+_PERMUTES |= {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,7 +196,7 @@ def _take_over(earlier: Rows, layout: Layout) -> torch.Tensor:
 def _tag(values: Any, func: Callable[..., Any], first: Any, leader: Rows, args: tuple[Any, ...]) -> Any:
     """A result, which knows its rows if it has the states' rows."""
     lead, inner = len(plain(leader)), leader.inner_rows
-    if not isinstance(values, torch.Tensor) or not values.dim():
+    if not isinstance(values, torch.Tensor) or not values.dim() or leader.place.final:
         return values
     size, per_group = values.shape[0], len(leader.place) * inner
     if func in _ROW_BY_ROW or (func is torch.Tensor.__getitem__ and not _slices_rows(args[1])):
@@ -199,7 +204,8 @@ def _tag(values: Any, func: Callable[..., Any], first: Any, leader: Rows, args: 
     elif func in _PERMUTES:
         fits = size == lead and _keeps_rows(first, values)
     elif func in _ALONG_ROWS:
-        fits = values.dim() == leader.dim() and size % per_group == 0 and size > 0
+        same_axes = values.dim() == leader.dim() or func is torch.Tensor.__getitem__
+        fits = same_axes and size % per_group == 0 and size > 0
     elif func in _RESHAPES or func in _REPEATS:
         if size % lead == 0 and size >= lead:
             inner *= size // lead

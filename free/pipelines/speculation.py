@@ -18,7 +18,8 @@ from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
 from free.pipelines.process import ProcessOptions, process_of
-from free.pipelines.refusals import check_arguments, check_guider, check_pipeline_class
+from free.pipelines.refusals import check_arguments, check_guiders, check_pipeline_class
+from free.pipelines.rows import change_tensors, plain
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
 from free.processes import ReverseProcess
@@ -101,10 +102,10 @@ class Speculation:
             bound = signature.bind(pipe, *args, **kwargs)
             arguments = _by_name(bound)
             check_arguments(arguments)
-            check_guider(pipe)
+            check_guiders(pipe.components)
             watch_call(bound, self)
             with self.calling(arguments):
-                return own.__call__(*bound.args, **bound.kwargs)
+                return change_tensors(own.__call__(*bound.args, **bound.kwargs), plain)
 
         members: dict[str, Any] = {
             "__call__": call,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import free
-from tests.pipelines import images  # noqa: F401
-from tests.pipelines.parts import CASES, assemble, ddpm, prompts, unet
+from tests.pipelines.cases import CASES
+from tests.pipelines.parts import assemble, ddpm, prompts, unet
 from tests.pipelines.stubs import class_pipeline, draw
 
 
@@ -162,6 +162,40 @@ def test_half_precision(dtype: torch.dtype) -> None:
     with pytest.warns(UserWarning, match="deterministic"):
         check = free.check_pipeline(pipe, verbose=False, **call | {"num_inference_steps": 5})
     assert check.passed, str(check)
+
+
+def test_pipelines_that_carry_rows_over_return_plain_tensors() -> None:
+    pipe, call = CASES["LTXImageToVideoPipeline"].make()
+    with free.speculate(pipe, eta=1.0):
+        frames = pipe(**call).frames
+    assert type(frames) is torch.Tensor
+    assert len(frames) == 2
+
+
+def test_latents_that_a_pipeline_rounds_are_not_edited_ones() -> None:
+    pipe, call = CASES["MochiPipeline"].make()
+    pipe.to(torch.bfloat16)
+    call = {name: value.bfloat16() if "embeds" in name else value for name, value in call.items()}
+    with free.speculate(pipe, eta=1.0, window=3) as run:
+        assert pipe(**call | {"num_inference_steps": 5}).frames.dtype == torch.bfloat16
+    assert run.stats.tested.sum() > 0
+
+
+def test_a_network_with_a_hook_of_accelerate() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            Counting.calls += 1
+            assert not any(type(value) is not torch.Tensor for value in args if isinstance(value, torch.Tensor))
+            return args, kwargs
+
+    pipe, call = diffusion()
+    add_hook_to_module(pipe.unet, Counting())
+    assert free.check_pipeline(pipe, verbose=False, **call).passed
+    assert Counting.calls > 6
 
 
 @pytest.mark.parametrize("in_place", [True, False])

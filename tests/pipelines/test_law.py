@@ -12,8 +12,8 @@ from scipy import stats
 import free
 from free.pipelines.loop import keys_of
 from free_kernels import normal
-from tests.pipelines import conditioned, images  # noqa: F401
-from tests.pipelines.parts import CASES, Case, assemble, ddpm
+from tests.pipelines.cases import CASES
+from tests.pipelines.parts import Case, assemble, ddpm
 from tests.pipelines.stubs import Passing, class_pipeline, draw
 
 P_VALUE = 1e-6

@@ -9,11 +9,12 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 
 import free
-from free.pipelines.refusals import ARGUMENTS, PIPELINES, check_arguments
-from tests.pipelines import conditioned, images, videos  # noqa: F401
-from tests.pipelines.parts import CASES, assemble, ddpm, image_vae, picture, prompts, unet
+from free.pipelines.refusals import ARGUMENTS, PIPELINES, check_arguments, check_guiders
+from tests.pipelines.cases import CASES
+from tests.pipelines.parts import assemble, ddpm, image_vae, picture, prompts, unet
 from tests.pipelines.stubs import class_pipeline, draw
 from tests.pipelines.test_calls import diffusion
+from tests.pipelines.zoo import PAGE
 
 
 def test_arguments_of_the_call() -> None:
@@ -146,6 +147,22 @@ def test_a_network_in_a_pipeline_of_two_schedulers() -> None:
 def test_arguments_of_the_door(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         free.speculate(class_pipeline(), **arguments)
+
+
+def test_guiders_that_count_steps_or_remember() -> None:
+    from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance
+
+    check_guiders({"guider": ClassifierFreeGuidance(guidance_scale=3.0)})
+    with pytest.raises(free.UnsupportedPipelineError, match=r"ocr_guider guides from 0\.2 to 1"):
+        check_guiders({"ocr_guider": ClassifierFreeGuidance(start=0.2)})
+    with pytest.raises(free.UnsupportedPipelineError, match="AdaptiveProjectedGuidance"):
+        check_guiders({"guider": AdaptiveProjectedGuidance()})
+
+
+def test_the_page_names_every_pipeline_and_every_refusal() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    named = [*CASES, *ARGUMENTS, *(f"{beginning}…" for beginning in PIPELINES)]
+    assert [name for name in named if f"`{name}`" not in page] == []
 
 
 def test_perturbed_attention_guidance() -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import free
-from tests.pipelines import conditioned, images, videos  # noqa: F401
-from tests.pipelines.parts import CASES
+from tests.pipelines.cases import CASES
 from tests.pipelines.planted import BUGS, planted
 
 FAMILIES = [

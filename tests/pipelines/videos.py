@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from tests.pipelines.images import SQUARE, Made
@@ -314,3 +315,37 @@ def animatediff() -> Made:
         scheduler=DDIMScheduler(clip_sample=False, beta_schedule="linear"),
     )
     return pipe, SQUARE | prompts(6, 8) | {"num_frames": 2}
+
+
+@case("SkyReelsV2Pipeline", "SkyReels")
+def skyreels() -> Made:
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    names = inspect.signature(SkyReelsV2Transformer3DModel.__init__).parameters
+    config = {name: value for name, value in wan().config.items() if name in names}
+    transformer = SkyReelsV2Transformer3DModel(**config)
+    pipe = assemble("SkyReelsV2Pipeline", transformer=transformer, vae=wan_vae(), scheduler=flow(shift=3.0))
+    return pipe, FILM | prompts(6, 8)
+
+
+@case("SanaVideoPipeline", "Sana")
+def sana_video() -> Made:
+    from diffusers import SanaVideoTransformer3DModel
+
+    transformer = SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=8,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    pipe = assemble("SanaVideoPipeline", transformer=transformer, vae=wan_vae(), scheduler=flow(shift=3.0))
+    call = {"negative_prompt": None, "use_resolution_binning": False, "height": 32, "width": 32, "frames": 5}
+    return pipe, prompts(6, 8, mask=True) | call

@@ -15,8 +15,8 @@ import torch
 
 import free
 from free.pipelines.refusals import ARGUMENTS, PERTURBED, PIPELINES
-from tests.pipelines import conditioned, images, videos  # noqa: F401
-from tests.pipelines.parts import CASES, Case
+from tests.pipelines.cases import CASES
+from tests.pipelines.parts import Case
 from tests.pipelines.planted import BUGS, planted
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
