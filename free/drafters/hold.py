@@ -12,8 +12,8 @@ def hold(situation: Situation, draft: str, correction: torch.Tensor | None = Non
     """The window that holds what the last one knew: ``draft`` is of :data:`free_kernels.HOLD_DRAFTS`, ``correction``
     [B, W-1, D] is added to the drafts.
 
-    What is held stands for the effective output of a process of second order: guessing the change of x0 from what is held
-    costs more rejections than leaving it out. A corrected draft is a guess of the output itself.
+    What is held stands for the effective output of a process of second order: at the few steps that such a process is for,
+    guessing the change of x0 from what is held saves no rejection. A corrected draft is a guess of the output itself.
     """
     last = situation.last
     return propose(

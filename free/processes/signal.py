@@ -14,15 +14,17 @@ def signal_and_noise(
     std: torch.Tensor,
     x0_state_coef: torch.Tensor,
     x0_model_coef: torch.Tensor,
+    initial_std: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The share of x0 in the state of each step, and the noise's standard deviation over it; float32 [S] both.
 
-    From pure noise of variance one, a step that knew x0 would go to ``x0_coef * x0 + slope * x + std * z``; both follow by
-    recursion. That forgets the little signal that a schedule has at step 0, which matters to the first steps only.
+    From pure noise of standard deviation ``initial_std``, a step that knew x0 would go to
+    ``x0_coef * x0 + slope * x + std * z``; both follow by recursion. That forgets the little signal that a schedule has at
+    step 0, which matters to the first steps only.
     """
     x0_coef = model_coef.double() / x0_model_coef.double()
     slope = state_coef.double() - x0_coef * x0_state_coef.double()
-    signals, noises = [0.0], [1.0]
+    signals, noises = [0.0], [initial_std]
     for by_x0, by_state, spread in zip(x0_coef.tolist(), slope.tolist(), std.tolist(), strict=True):
         signals.append(by_state * signals[-1] + by_x0)
         noises.append((by_state**2 * noises[-1] ** 2 + spread**2) ** 0.5)

@@ -117,7 +117,7 @@ class ReverseProcess:
         candidates = torch.where(never_drafted, step, self.num_steps)
         object.__setattr__(self, "exact_step", candidates.flip(0).cummin(0).values.flip(0))
         signal, noise_ratio = signal_and_noise(
-            self.state_coef, self.model_coef, self.std, self.x0_state_coef, self.x0_model_coef
+            self.state_coef, self.model_coef, self.std, self.x0_state_coef, self.x0_model_coef, self.initial_std
         )
         object.__setattr__(self, "signal", signal)
         object.__setattr__(self, "noise_ratio", noise_ratio)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -133,6 +134,14 @@ def check_request(model: Any, options: Options) -> Request:
         raise ValueError(f"callback_on_step_end is a {type(callback).__name__}; allowed is a callable or None")
     guidance_scale = check_number("guidance_scale", options.guidance_scale, "1 (no guidance) or more", 1)
     process = _check_process(target, options.process, options.num_inference_steps)
+    if process.clip_range is not None and target.of_latents:
+        warnings.warn(
+            f"process clips the estimate of x0 to ±{process.clip_range:g} (clip_sample), but the model's samples have "
+            f"{(target.sample_shape or (0,))[0]} channels, as latents do, which go beyond: give a scheduler with "
+            "clip_sample=False, unless the model was trained so",
+            UserWarning,
+            stacklevel=4,
+        )
     latents, num_samples = options.latents, options.num_samples
     if latents is not None and (not isinstance(latents, torch.Tensor) or latents.dtype not in LATENT_DTYPES):
         given = f"dtype {latents.dtype}" if isinstance(latents, torch.Tensor) else f"type {type(latents).__name__}"

@@ -44,6 +44,8 @@ class Target(ABC):
     """Shape of one sample, where the model knows it."""
     feature_shape: tuple[int, int] | None = None
     """(tokens, width) of the top-block feature; None where there is none to capture."""
+    of_latents = False
+    """Whether samples look like an autoencoder's latents, which have no bounds, and not like pixels."""
     learns_variance = False
     """Whether the model predicts the variance of each step beside its mean, which can be captured."""
     capturable = False

@@ -37,6 +37,7 @@ class DiTTarget(Target):
         self.transformer = cast(Any, self.module)
         config = self.transformer.config
         self.channels = config.in_channels
+        self.of_latents = self.channels not in (1, 3)
         self.null_class: int = config.num_embeds_ada_norm
         self.sample_shape = (self.channels, config.sample_size, config.sample_size)
         self.feature_shape = (

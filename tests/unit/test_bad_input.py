@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 import free
 import free_kernels
@@ -915,3 +922,23 @@ def test_a_nan_leaves_the_samples_that_were_finished() -> None:
     with pytest.raises(NonFiniteOutputError, match=r"1 of 2 samples were finished") as caught:
         free.ancestral_sample(model, conditioning=first_broken, seed=[4, 5], shape=(3,), num_inference_steps=30)
     assert caught.value.samples.shape == (2, 3)
+
+
+def test_clipping_of_latents_is_warned_of() -> None:
+    """``DDPMScheduler.from_config`` of a scheduler that lacks the key turns it on."""
+    latent, pixels = (
+        DiTTransformer2DModel(
+            num_attention_heads=1, attention_head_dim=8, in_channels=channels, out_channels=channels, num_layers=1,
+            sample_size=4, patch_size=2, num_embeds_ada_norm=3,
+        ).eval()
+        for channels in (4, 3)
+    )  # fmt: skip
+    scheduler = DDPMScheduler.from_config(DPMSolverMultistepScheduler().config)
+    assert scheduler.config.clip_sample
+    common: dict[str, Any] = {"class_labels": 1, "num_inference_steps": 3, "seed": 0}
+    with pytest.warns(UserWarning, match=r"process clips the estimate of x0 to ±1 \(clip_sample\), but .* 4 channels"):
+        free.speculative_sample(latent, process=scheduler, **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        free.speculative_sample(pixels, process=scheduler, **common)
+        free.speculative_sample(latent, **common)

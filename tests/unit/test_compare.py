@@ -414,3 +414,9 @@ def test_sweeps_are_a_number(dit: DiTTransformer2DModel, tmp_path: Path) -> None
     free.FeatureDrafter.from_target(dit).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sweeps=many"):
         drafter_of(f"{tmp_path}:sweeps=many")
+
+
+def test_a_pipelines_folder_is_told_where_its_model_is(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model is '.*', which is a pipeline; give '.*transformer', its DiT"):
+        load_target(tmp_path)

@@ -163,7 +163,7 @@ def test_an_overflow_teaches_nothing() -> None:
     memory = drafter.begin(last, (3,))
     situation = Situation(
         torch.zeros(1, 3), torch.tensor([0]), torch.tensor([1]), 4, last, None, process, free.as_target(GaussianModel()), {},
-        (3,), 1.0, "reference", memory,
+        (3,), 1.0, "reference", memory=memory,
     )  # fmt: skip
     output = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))
     output[0, 2:] = torch.inf
