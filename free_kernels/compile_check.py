@@ -194,10 +194,12 @@ def _launches() -> Iterator[str]:
             each, flags = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
             squares = torch.zeros(batch, width - 1)
             tally.tally(torch.zeros(4, batch).long(), sums, each, each, each, each, flags, squares, each, flags)
-        relaxation.relaxed_cost(column_sums, column_sums, index, flag, sums[:2, :2], sums[:2, :2])
+        tests = (column_sums, column_sums, column_sums, index, flag, index, index)
+        for uniforms in (None, column_sums):
+            relaxation.relaxed_cost(*tests, sums[:2], sums[:2, :2], uniforms)
         for uncertainty in (column_sums, column_sums.double()):
             relaxation.relaxed_tau(uncertainty, 1.5, None, None, None)
-            relaxation.relaxed_tau(uncertainty, 1.5, column_sums, sums[:2, :2], 0.5)
+            relaxation.relaxed_tau(uncertainty, 1.5, column_sums, sums[:2], 0.5)
 
     for dtype, clips, cut in _patches():
         yield ", ".join((_name(dtype), "{} groups, patches {} by {} by {}".format(*cut), *["clipped"] * clips))

@@ -45,7 +45,7 @@ class Account:
             impl=done.situation.impl,
         )
         if live.ledger is not None:
-            self.spent[live.index] = torch.cat((live.ledger.spent, live.ledger.saved[:, None]), -1)
+            self.spent[live.index] = live.ledger.spent
 
     def report_to(self, stats: SamplingStatistics) -> None:
         """Tell the statistics what was added up; waits for the device."""

@@ -189,16 +189,13 @@ class Ledger:
     """What relaxation has cost each of B live samples, and how their drafts have fared."""
 
     spent: torch.Tensor
-    """float64 [B, 2], of :class:`free_kernels.RelaxedCost`."""
+    """float64 [B, 3], of :class:`free_kernels.RelaxedCost`."""
     rejection: torch.Tensor
     """float64 [B, 2], likewise."""
-    saved: torch.Tensor
-    """float64 [B]: how many tests accepted what an exact one of the same noise and uniform would have rejected."""
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> Ledger:
-        spent, rejection, saved = torch.zeros(batch, 5, dtype=torch.float64, device=device).split((2, 2, 1), -1)
-        return cls(spent, rejection, saved[:, 0])
+        return cls(*(torch.zeros(batch, columns, dtype=torch.float64, device=device) for columns in (3, 2)))
 
     def tau(
         self, relaxation: Relaxation, situation: Situation, proposal: Proposal, output: TargetOutput, covered: Span
@@ -244,21 +241,38 @@ class Ledger:
         ).squared_norm
         return relaxation.tau(drafted, squared_norm, self.spent, situation.impl)
 
-    def settle(self, tau: torch.Tensor, verification: Verification, uniforms: torch.Tensor, impl: str = "auto") -> Ledger:
+    def settle(
+        self,
+        tau: torch.Tensor,
+        verification: Verification,
+        seed: torch.Tensor,
+        step: torch.Tensor,
+        uniforms: torch.Tensor | None = None,
+        impl: str = "auto",
+    ) -> Ledger:
         """With a window's tests entered: those up to the first rejection, which are the ones that decided.
 
         Args:
             tau: float32 [B, W-1].
             verification: of the window.
-            uniforms: float32 [B, W-1], or more columns: what the tests were decided by.
+            seed, step: int64 [B], of the verification.
+            uniforms: likewise.
             impl: of the operation.
         """
-        column = torch.arange(tau.shape[1], device=tau.device)
-        accepted = column < (verification.advance - 1)[:, None]  # [B, W-1]
-        would_accept = uniforms[:, : len(column)].log() <= verification.log_ratio
-        saved = self.saved + (accepted & ~would_accept & (tau < 1)).sum(-1)
-        tests = verification.squared_norm, tau, verification.advance, verification.rejected
-        return Ledger(*relaxed_cost(*tests, self.spent, self.rejection, impl=impl), saved)
+        cost = relaxed_cost(
+            verification.squared_norm,
+            verification.log_ratio,
+            tau,
+            verification.advance,
+            verification.rejected,
+            seed,
+            step,
+            self.spent,
+            self.rejection,
+            uniforms=uniforms,
+            impl=impl,
+        )
+        return Ledger(*cost)
 
 
 def _checked(uncertainty: object, testable: torch.Tensor) -> torch.Tensor:

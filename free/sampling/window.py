@@ -24,7 +24,7 @@ from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
 from free.sampling.tensors import map_tensors
 from free.targets.base import TargetOutput, take_rows
-from free_kernels import TEST_STREAM, Proposal, Span, Verification, finite, span, uniform, verify
+from free_kernels import Proposal, Span, Verification, finite, span, verify
 from free_kernels.dispatch import resolve
 
 
@@ -265,11 +265,7 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         impl=setup.impl,
     )
     if tau is not None and ledger:
-        uniforms = proposed.uniforms
-        if uniforms is None:
-            steps = proposed.span.steps[:, : tau.shape[1]]
-            uniforms = uniform(live.seed[:, None], steps, stream=TEST_STREAM, impl=setup.impl)
-        ledger = ledger.settle(tau, verification, uniforms, setup.impl)
+        ledger = ledger.settle(tau, verification, live.seed, situation.step, proposed.uniforms, setup.impl)
     sound = finite(
         output.output, length, verification.next_state, unconditional_output=output.unconditional, impl=setup.impl
     )

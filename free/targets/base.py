@@ -62,6 +62,7 @@ class Target(ABC):
         self.max_forward_batch = max_forward_batch
         self.compiled = False
         """Whether it is run within :meth:`compile`."""
+        self._compile_options: dict[str, Any] = {}
         self.runs = 0
         """How many runs of it are under way: more than one where a callback samples the model that calls it."""
         self._capturing_variance = False
@@ -124,7 +125,17 @@ class Target(ABC):
     def forward(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
-        """One forward of the model; arguments as in :meth:`evaluate`, but copies, and what is returned is copied."""
+        """One forward of the model; arguments as in :meth:`evaluate`, but copies, and what is returned is copied, unless
+        :attr:`needs_copies` says that neither is needed."""
+
+    @property
+    def needs_copies(self) -> bool:
+        """Whether a forward may write into its input, or its output's memory is used again at the next one.
+
+        Any model may do so, and code of ``torch.compile(mode="reduce-overhead")`` does. A subclass that knows that its
+        network does neither says no, and saves a launch for each tensor: beside a small captured forward they are seen.
+        """
+        return True
 
     def evaluate(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
@@ -132,7 +143,7 @@ class Target(ABC):
         """Evaluate N states in one forward (in as many as ``max_forward_batch`` asks for).
 
         The model may write into the tensors that it is given, and use the memory of its outputs again: it works on copies,
-        and so does the caller. What of the conditioning is no tensor is handed to it as it is.
+        and so does the caller, where :attr:`needs_copies`. What of the conditioning is no tensor is handed to it as it is.
 
         Args:
             states: float32 [N, *sample shape].
@@ -145,10 +156,10 @@ class Target(ABC):
         """
         limit = self.forward_batch(guided)
         if limit is None or limit >= len(states):
-            return self._forward_of_copies(states, timestep, conditioning, guided)
+            return self._safe_forward(states, timestep, conditioning, guided)
         rows = torch.arange(len(states), device=states.device)
         parts = [
-            self._forward_of_copies(states[part], timestep[part], take_rows(conditioning, part), guided)
+            self._safe_forward(states[part], timestep[part], take_rows(conditioning, part), guided)
             for part in rows.split(limit)
         ]
         return TargetOutput(
@@ -158,10 +169,12 @@ class Target(ABC):
             _cat_or_none([part.variance_share for part in parts]),
         )
 
-    def _forward_of_copies(
+    def _safe_forward(
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
-        # next to a forward a copy is nothing, where a state changed behind the sampler's back is another law
+        if not self.needs_copies:
+            return self.forward(states, timestep, conditioning, guided)
+        # a state changed behind the sampler's back is another law
         conditioning = {name: _copy(value) for name, value in conditioning.items()}
         output = self.forward(_copy(states), _copy(timestep), conditioning, guided)
         return TargetOutput(
@@ -236,7 +249,8 @@ class Target(ABC):
                 during.callback(_put_back_forward, module, vars(module).get("forward"))
                 module.forward = torch.compile(module.forward, fullgraph=True, dynamic=dynamic, **options)
             during.callback(setattr, self, "compiled", self.compiled)
-            self.compiled = True
+            during.callback(setattr, self, "_compile_options", self._compile_options)
+            self.compiled, self._compile_options = True, options
             yield
 
     def _compiled_parts(self) -> Sequence[torch.nn.Module]:

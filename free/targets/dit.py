@@ -55,6 +55,16 @@ class DiTTarget(Target):
         self._captured: list[torch.Tensor] = []
         self._capturing = False
 
+    def check_ready(self) -> None:
+        super().check_ready()
+        self._as_written = self.model is self.module and _as_written(self.model)
+
+    @property
+    def needs_copies(self) -> bool:
+        """diffusers' DiT neither writes into its input nor uses its output's memory again; what was put around or into it,
+        or compiled with options of the caller's, may."""
+        return not self._as_written or bool(self._compile_options)
+
     def default_process(self, num_inference_steps: int) -> ReverseProcess:
         """A pipeline's scheduler decides; the transformer alone is sampled as the original DiT was."""
         if self.scheduler is None:
@@ -135,3 +145,14 @@ class DiTTarget(Target):
     def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
         """Of the first block: every block has a copy of the embedder."""
         return self.transformer.transformer_blocks[0].norm1.emb.class_embedder(conditioning["class_labels"])
+
+
+def _as_written(model: torch.nn.Module) -> bool:
+    """Whether diffusers' own code runs and no other: neither a subclass's, nor a compilation's, nor a hook's."""
+    return type(model).__module__.startswith("diffusers.") and not any(
+        module._compiled_call_impl is not None
+        or "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        for module in model.modules()
+    )

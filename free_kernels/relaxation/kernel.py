@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from free_kernels.launch import check_programs, eager, on_device
+from free_kernels.launch import check_programs, eager, on_device, rows_of
+from free_kernels.verify.kernel import log_uniforms
 
 MAX_COLUMNS = 128
 """Tests that a program holds at a time."""
@@ -96,7 +97,7 @@ def divergence(tau, norm, falls):
 def relaxed_tau_kernel(
     uncertainty_ptr,  # float [B, N], strides uncertainty_row, uncertainty_column
     squared_norm_ptr,  # float [B, N]; not read unless BOUNDED
-    spent_ptr,  # float64 [B, 2]; not read unless BOUNDED
+    spent_ptr,  # float64 [B, 3]; not read unless BOUNDED
     tau_ptr,  # float32 [B, N]
     uncertainty_row,
     uncertainty_column,
@@ -111,7 +112,7 @@ def relaxed_tau_kernel(
     uncertainty_row_ptr = uncertainty_ptr + sample * uncertainty_row
     spent = tl.full((), 0.0, tl.float64)
     if BOUNDED:
-        spent += tl.load(spent_ptr + sample * 2)
+        spent += tl.load(spent_ptr + sample * 3)
     for tile in range(TILES):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         mask = column < drafts
@@ -129,22 +130,32 @@ def relaxed_tau_kernel(
 @triton.jit
 def relaxed_cost_kernel(
     squared_norm_ptr,  # float [B, N]
+    log_ratio_ptr,  # float [B, N]
     tau_ptr,  # float32 [B, N]
+    uniform_ptr,  # float [B, >= N], rows uniform_row apart; not read unless HAS_UNIFORMS
     advance_ptr,  # int64 [B]
     rejected_ptr,  # uint8 [B]
-    spent_ptr,  # float64 [B, 2]
+    seed_ptr,  # int64 [B]
+    step_ptr,  # int64 [B]
+    spent_ptr,  # float64 [B, 3]
     rejection_ptr,  # float64 [B, 2]
-    next_spent_ptr,  # float64 [B, 2]
+    next_spent_ptr,  # float64 [B, 3]
     next_rejection_ptr,  # float64 [B, 2]
+    uniform_row,
     drafts,
+    HAS_UNIFORMS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
-    tests = tl.load(advance_ptr + sample) - 1 + tl.load(rejected_ptr + sample).to(tl.int64)
+    accepts = tl.load(advance_ptr + sample) - 1
+    tests = accepts + tl.load(rejected_ptr + sample).to(tl.int64)
     tests = tl.maximum(tl.minimum(tests, drafts), 0)
+    seed = tl.load(seed_ptr + sample)
+    first_step = tl.load(step_ptr + sample)
     excesses = tl.full((), 0.0, tl.float64)
     divergences = tl.full((), 0.0, tl.float64)
+    saves = tl.full((), 0.0, tl.float64)
     rejections = tl.full((), 0.0, tl.float64)
     for tile in range(TILES):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -157,9 +168,17 @@ def relaxed_cost_kernel(
         excesses += tl.sum(excess_acceptance(tau, norm, falls), axis=0)
         divergences += tl.sum(divergence(tau, norm, falls), axis=0)
         rejections += tl.sum(tl.where(tested, 1.0 - 2.0 * tilted(1.0, norm, falls), 0.0), axis=0)
-    at = sample * 2
+        # a test is saved where it was relaxed and accepted, and an exact one of the same u rejects
+        log_ratio = tl.load(log_ratio_ptr + at, mask=tested, other=0.0).to(tl.float32)
+        step = first_step + column
+        log_u = log_uniforms(uniform_ptr + sample * uniform_row, column, tested, seed, step, HAS_UNIFORMS)
+        relaxed = tl.where((column < accepts) & (tau < 1.0), 1.0, 0.0)
+        saves += tl.sum(tl.where(log_u <= log_ratio, 0.0, relaxed).to(tl.float64), axis=0)
+    at = sample * 3
     tl.store(next_spent_ptr + at, tl.load(spent_ptr + at) + excesses)
     tl.store(next_spent_ptr + at + 1, tl.load(spent_ptr + at + 1) + divergences)
+    tl.store(next_spent_ptr + at + 2, tl.load(spent_ptr + at + 2) + saves)
+    at = sample * 2
     tl.store(next_rejection_ptr + at, tl.load(rejection_ptr + at) * 0.5 + rejections)
     tl.store(next_rejection_ptr + at + 1, tl.load(rejection_ptr + at + 1) * 0.5 + tests)
 
@@ -178,15 +197,19 @@ def relaxed_tau(
 
 def relaxed_cost(
     squared_norm: torch.Tensor,
+    log_ratio: torch.Tensor,
     tau: torch.Tensor,
     advance: torch.Tensor,
     rejected: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
     spent: torch.Tensor,
     rejection: torch.Tensor,
+    uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """spent and rejection, float64 [B, 2]."""
+    """spent and rejection, float64 [B, 3] and [B, 2]."""
     call = _relaxed_cost if eager(squared_norm, tau) else _relaxed_cost_op
-    return call(squared_norm, tau, advance, rejected, spent, rejection)
+    return call(squared_norm, log_ratio, tau, advance, rejected, seed, step, spent, rejection, uniforms)
 
 
 def _tiles(drafts: int) -> dict[str, int]:
@@ -227,26 +250,39 @@ def _relaxed_tau(
 
 def _relaxed_cost(
     squared_norm: torch.Tensor,
+    log_ratio: torch.Tensor,
     tau: torch.Tensor,
     advance: torch.Tensor,
     rejected: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
     spent: torch.Tensor,
     rejection: torch.Tensor,
+    uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, drafts = squared_norm.shape
+    if not drafts:  # nothing is tested: it is not read
+        uniforms = None
+    tests = spent if uniforms is None else rows_of(uniforms)
     spent, rejection = spent.contiguous(), rejection.contiguous()
     next_spent, next_rejection = torch.empty_like(spent), torch.empty_like(rejection)
     with on_device(spent):
         relaxed_cost_kernel[(check_programs("squared_norm", batch),)](
             squared_norm.contiguous() if drafts else spent,
+            log_ratio.contiguous() if drafts else spent,
             tau.contiguous() if drafts else spent,
+            tests,
             advance.contiguous(),
             rejected.contiguous().view(torch.uint8),
+            seed.contiguous(),
+            step.contiguous(),
             spent,
             rejection,
             next_spent,
             next_rejection,
+            tests.stride(0),
             drafts,
+            HAS_UNIFORMS=uniforms is not None,
             **_tiles(drafts),
             enable_fp_fusion=False,
         )
@@ -263,8 +299,8 @@ _relaxed_cost_op = torch.library.custom_op(
     "free_kernels::relaxed_cost",
     _relaxed_cost,
     mutates_args=(),
-    schema="(Tensor squared_norm, Tensor tau, Tensor advance, Tensor rejected, Tensor spent, Tensor rejection) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor squared_norm, Tensor log_ratio, Tensor tau, Tensor advance, Tensor rejected, Tensor seed, Tensor step, "
+    "Tensor spent, Tensor rejection, Tensor? uniforms) -> (Tensor, Tensor)",
 )
 
 
@@ -274,5 +310,6 @@ def _(uncertainty: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 @_relaxed_cost_op.register_fake
-def _(squared_norm: torch.Tensor, tau: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(rest[2]), torch.empty_like(rest[3])
+def _(squared_norm: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = squared_norm.shape[0]
+    return squared_norm.new_empty(batch, 3, dtype=torch.float64), squared_norm.new_empty(batch, 2, dtype=torch.float64)

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from free_kernels.philox import TEST_STREAM
+from free_kernels.philox.reference import uniform
+from free_kernels.posterior.reference import compute_dtype
+
 if TYPE_CHECKING:
     from free_kernels.relaxation import RelaxedCost
 
@@ -30,18 +34,27 @@ def relaxed_tau(
 
 def relaxed_cost(
     squared_norm: torch.Tensor,
+    log_ratio: torch.Tensor,
     tau: torch.Tensor,
     advance: torch.Tensor,
     rejected: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
     spent: torch.Tensor,
     rejection: torch.Tensor,
+    uniforms: torch.Tensor | None,
 ) -> RelaxedCost:
     from free_kernels.relaxation import RelaxedCost
 
     squared_norm = squared_norm.double()
     column = torch.arange(squared_norm.shape[1], device=squared_norm.device)
     tested = column < (advance - 1 + rejected)[:, None]  # [B, W-1]
-    cost = torch.stack((excess_acceptance(squared_norm, tau), divergence(squared_norm, tau)), -1)
+    dtype = compute_dtype(log_ratio)
+    if uniforms is None:
+        uniforms = uniform(seed[:, None], step[:, None] + column, TEST_STREAM, dtype)
+    would_accept = uniforms[:, : len(column)].to(dtype).log() <= log_ratio
+    saved = (column < (advance - 1)[:, None]) & ~would_accept & (tau < 1)
+    cost = torch.stack((excess_acceptance(squared_norm, tau), divergence(squared_norm, tau), saved.double()), -1)
     rejects = torch.special.erf((squared_norm / 8).sqrt())
     fared = torch.stack((rejects, torch.ones_like(rejects)), -1)
     added_cost, added = (torch.where(tested[..., None], values, 0.0).sum(1) for values in (cost, fared))

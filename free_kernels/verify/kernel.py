@@ -27,6 +27,21 @@ MAX_SUMS = 1024
 
 
 @triton.jit
+def log_uniforms(uniform_ptr, column, mask, seed, step, HAS_UNIFORMS: tl.constexpr):
+    """log u of the tests of a sample's steps, float32: of what is read from its row, or of what philox makes.
+
+    Whoever asks what another test of the same u had said must ask this, to agree with the test to the bit.
+    """
+    if HAS_UNIFORMS:
+        u = tl.load(uniform_ptr + column, mask=mask, other=1.0).to(tl.float32)
+        log_u = -0.5 * minus_two_log(u, 0)
+    else:
+        word, _, _, _ = philox_words(seed, seed * 0, step, TEST)
+        log_u = -0.5 * minus_two_log(open_uniform_scaled(word), 33)
+    return log_u
+
+
+@triton.jit
 def settle_kernel(
     state_ptr,  # float [B, W, D], strides state_batch, state_column
     target_ptr,  # float [B, W, D], strides target_batch, target_column
@@ -100,12 +115,7 @@ def settle_kernel(
         sums, squares = load_sums(inner_ptr, squared_ptr, sample * drafts + column, column < drafts, CHUNKS, CHUNKS_PADDED)
         log_ratio = -sums - squares * 0.5
         step_of = tl.minimum(tl.maximum(first_step + column, 0), num_steps - 1)
-        if HAS_UNIFORMS:
-            u = tl.load(uniform_ptr + sample * uniform_row + column, mask=column < drafts, other=1.0).to(tl.float32)
-            log_u = -0.5 * minus_two_log(u, 0)
-        else:
-            word, _, _, _ = philox_words(seed, seed * 0, step_of, TEST)
-            log_u = -0.5 * minus_two_log(open_uniform_scaled(word), 33)
+        log_u = log_uniforms(uniform_ptr + sample * uniform_row, column, column < drafts, seed, step_of, HAS_UNIFORMS)
         tempered = log_ratio
         if HAS_TAU:
             tempered *= tl.load(tau_ptr + sample * tau_row + column, mask=column < drafts, other=1.0).to(tl.float32)

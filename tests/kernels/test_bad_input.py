@@ -70,16 +70,20 @@ def good() -> dict[str, dict[str, Any]]:
             "uncertainty": rows,
             "strength": 1.0,
             "squared_norm": rows,
-            "spent": torch.zeros(2, 2, dtype=torch.float64),
+            "spent": torch.zeros(2, 3, dtype=torch.float64),
             "budget": 0.5,
         },
         "relaxed_cost": {
             "squared_norm": rows,
+            "log_ratio": rows,
             "tau": rows,
             "advance": index,
             "rejected": index > 0,
-            "spent": torch.zeros(2, 2, dtype=torch.float64),
+            "seed": index,
+            "step": index,
+            "spent": torch.zeros(2, 3, dtype=torch.float64),
             "rejection": torch.zeros(2, 2, dtype=torch.float64),
+            "uniforms": rows,
         },
     }
 
@@ -171,8 +175,9 @@ def test_batch(operation: str, name: str) -> None:
         ("tally", "progress", (3, 2)),
         ("tally", "by_step", (5, 2)),
         ("relaxed_tau", "squared_norm", (2, 3)),
+        ("relaxed_cost", "log_ratio", (2, 3)),
         ("relaxed_cost", "tau", (2, 3)),
-        ("relaxed_cost", "spent", (2, 3)),
+        ("relaxed_cost", "spent", (2, 2)),
     ],
 )
 def test_shape(operation: str, name: str, shape: tuple[int, ...]) -> None:
@@ -213,6 +218,7 @@ def test_too_few_columns() -> None:
     refuses("propose", "^noise has 1 columns; a window of 3 needs 2", noise=torch.zeros(2, 1, 4))
     refuses("verify", "^tau has 1 columns; a window of 3 needs 2", tau=torch.zeros(2, 1))
     refuses("verify", "^uniforms has 1 columns; a window of 3 needs 2", uniforms=torch.zeros(2, 1))
+    refuses("relaxed_cost", "^uniforms has 3 columns; a window of 5 needs 4", uniforms=torch.zeros(2, 3))
     refuses("propose", "^window is 0; allowed is 1 or more", window=0)
     refuses("propose", "^draft is 'hold'; known are 'hold-x0', 'hold-output'", draft="hold")
 

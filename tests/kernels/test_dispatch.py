@@ -97,12 +97,14 @@ def all_operations(
     noise, test = free_kernels.normal(seed, step, 5, impl=impl), free_kernels.uniform(seed, step, impl=impl)
     covered = free_kernels.span(step, torch.full_like(process.std, len(process.std) - 1, dtype=torch.int64), 3, impl=impl)
     finite = free_kernels.finite(outputs, length, state, unconditional_output=outputs, impl=impl)
-    sums = torch.ones(len(step), 2, dtype=torch.float64, device=step.device)
+    sums = torch.ones(len(step), 3, dtype=torch.float64, device=step.device)
     tau = free_kernels.relaxed_tau(
         states[:, 1:, 0].sigmoid(), 1.0, squared_norm=exact.squared_norm, spent=sums, budget=1.1, impl=impl
     )
-    cost = free_kernels.relaxed_cost(exact.squared_norm, tau, exact.advance, exact.rejected, sums, sums, impl=impl)
-    relaxed = (*covered, *finite, tau, *cost)
+    tests = (exact.squared_norm, exact.log_ratio, tau, exact.advance, exact.rejected, seed, step, sums, sums[:, :2])
+    cost = free_kernels.relaxed_cost(*tests, impl=impl)
+    cost_of_read = free_kernels.relaxed_cost(*tests, uniforms=states[..., 0].sigmoid(), impl=impl)
+    relaxed = (*covered, *finite, tau, *cost, *cost_of_read)
     of_second = (*remembered, *ratios_of_second, *drafts_of_second, *steps_of_second)
     return (
         *plain,

@@ -10,7 +10,7 @@ import mpmath
 import pytest
 import torch
 
-from free_kernels import finite, relaxed_cost, relaxed_tau, span, tally
+from free_kernels import finite, relaxed_cost, relaxed_tau, span, tally, verify
 from tests.kernels import helpers
 from tests.kernels.helpers import LAYOUTS, laid_out
 
@@ -141,7 +141,7 @@ def test_a_budget_makes_the_rest_of_a_window_exact(device: torch.device, drafts:
     chance = torch.Generator().manual_seed(drafts)
     uncertainty, squared_norm = torch.rand(5, drafts, generator=chance), torch.rand(5, drafts, generator=chance)
     squared_norm[3, drafts // 2] = torch.nan
-    spent = torch.tensor([[0.0, 9.0], [0.2, 0.0], [0.3, 0.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    spent = torch.tensor([[0.0, 9.0, 9.0], [0.2, 0, 0], [0.3, 0, 0], [0, 0, 0], [1.0, 0, 0]], dtype=torch.float64)
     given = {"squared_norm": squared_norm, "spent": spent, "budget": 0.3}
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     tau = relaxed_tau(uncertainty.to(device), 1.7, **moved, impl="triton").cpu()
@@ -173,12 +173,13 @@ def test_what_a_test_costs_is_as_exact_as_float64_is(device: torch.device, norm:
     """Near and far out in the tails, where the density has long gone to zero, and at tau = 1 exactly nothing."""
     tau = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999, 1.0])[:, None]
     square = torch.full_like(tau, norm).square()
-    zeros = torch.zeros(len(tau), 2, dtype=torch.float64)
+    zeros = torch.zeros(len(tau), 3, dtype=torch.float64)
     one = torch.ones(len(tau), dtype=torch.int64)
-    (spent, rejection), expected = compare(device, relaxed_cost, square, tau, one, one > 0, zeros, zeros)
+    tests = (square, -square, tau, one, one > 0, one, one)
+    (spent, rejection), expected = compare(device, relaxed_cost, *tests, zeros, zeros[:, :2])
     exact = [closed_forms(math.sqrt(float(a)), float(b)) for a, b in zip(square[:, 0], tau[:, 0], strict=True)]
     truth = torch.tensor(exact, dtype=torch.float64)
-    torch.testing.assert_close(spent, truth[:, :2].clamp(min=0), rtol=1e-13, atol=4e-16)
+    torch.testing.assert_close(spent[:, :2], truth[:, :2].clamp(min=0), rtol=1e-13, atol=4e-16)
     torch.testing.assert_close(rejection[:, 0], truth[:, 2], rtol=1e-13, atol=4e-16)
     assert (rejection[:, 1] == 1).all()
     assert not spent[-1].any()
@@ -186,18 +187,67 @@ def test_what_a_test_costs_is_as_exact_as_float64_is(device: torch.device, norm:
     torch.testing.assert_close(rejection, expected.rejection, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("drafts", [0, 1, 7, 300])
-def test_only_what_was_tested_costs(device: torch.device, drafts: int) -> None:
+def test_only_what_was_tested_costs(device: torch.device, drafts: int, read: bool) -> None:
     """Up to the first rejection; what lies beyond may be no number at all. A finished sample tests nothing."""
     chance = torch.Generator().manual_seed(drafts)
     squared_norm, tau = 4 * torch.rand(4, drafts, generator=chance), torch.rand(4, drafts, generator=chance)
     advance = torch.tensor([0, 1, min(2, drafts + 1), drafts + 1])
     rejected = torch.tensor([False, drafts > 0, False, False])
+    log_ratio = -squared_norm
     for row, tests in enumerate((advance - 1 + rejected).clamp(min=0).tolist()):
-        squared_norm[row, tests:] = BROKEN[row % 3]
-    spent, rejection = torch.rand(2, 4, 2, dtype=torch.float64, generator=chance)
-    got, expected = compare(device, relaxed_cost, squared_norm, tau, advance, rejected, spent, rejection)
+        squared_norm[row, tests:] = log_ratio[row, tests:] = BROKEN[row % 3]
+    spent, rejection = torch.rand(2, 4, 3, dtype=torch.float64, generator=chance)
+    rejection, where = rejection[:, :2], (torch.arange(4) - 2**50, torch.arange(4))
+    uniforms = torch.rand(4, drafts + 2, generator=chance) if read else None
+    tests = (squared_norm, log_ratio, tau, advance, rejected, *where)
+    got, expected = compare(device, relaxed_cost, *tests, spent, rejection, uniforms=uniforms)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-14)
     assert torch.equal(got[0][0], spent[0])
     assert torch.equal(got[1][0], rejection[0] / 2)
+    if drafts > 1:
+        assert got[0][3, 2] > spent[3, 2]
+
+
+def test_a_saved_rejection_is_what_an_exact_test_of_the_same_noise_rejects(device: torch.device) -> None:
+    """By verification itself, of windows of one drafted step each: relaxed, then exact, of one seed and step."""
+    batch, numel = 18, 3
+    seed, step = torch.arange(batch) + 2**40, torch.arange(batch) % (STEPS - 1)
+    process = helpers.table(STEPS)
+    states, output = helpers.normal(batch, 2, numel), helpers.normal(batch, 2, numel, seed=1)
+    delta = (process.std / process.model_coef)[step]
+    draft = output[:, :1] + helpers.normal(batch, 1, numel, seed=2) * delta[:, None, None]
+    tau = torch.tensor([0.1, 0.3, 1.0]).repeat(batch // 3)[:, None]
+    moved = (values.to(device) for values in (states, output, draft, seed, step, torch.full_like(step, 2)))
+    arguments, tau = (*moved, helpers.on(device, process)), tau.to(device)
+    relaxed, exact = verify(*arguments, tau=tau, impl="triton"), verify(*arguments, impl="triton")
+    spent = torch.zeros(batch, 3, dtype=torch.float64, device=device)
+    cost = relaxed_cost(
+        relaxed.squared_norm,
+        relaxed.log_ratio,
+        tau,
+        relaxed.advance,
+        relaxed.rejected,
+        *arguments[3:5],
+        spent,
+        spent[:, :2],
+        impl="triton",
+    )
+    saved = exact.rejected & ~relaxed.rejected
+    assert torch.equal(cost.spent[:, 2] == 1, saved)
+    assert not cost.spent[~saved, 2].any()
+    assert 1 < saved.sum() < exact.rejected.sum() < batch - 1
+
+
+def test_a_test_at_its_own_bound_is_accepted(device: torch.device) -> None:
+    """log u of the kernel's own, to the bit: an exact test that accepts by nothing saves nothing, and one bit less does."""
+    words = torch.tensor([0.5, 0.25, 0.125])[:, None]  # powers of two, whose log is rounded once
+    log_ratio, words = words.double().log().float().to(device), words.to(device)
+    one = torch.ones(3, dtype=torch.int64, device=device)
+    spent = torch.zeros(3, 3, dtype=torch.float64, device=device)
+    for bound, expected in ((log_ratio, 0), (torch.nextafter(log_ratio, log_ratio - 1), 1)):
+        tests = (one[:, None].float(), bound, torch.full_like(words, 0.5), one + 1, one > 1, one, one)
+        cost = relaxed_cost(*tests, spent, spent[:, :2], uniforms=words, impl="triton")
+        assert (cost.spent[:, 2] == expected).all()

@@ -241,18 +241,19 @@ def test_rejection_is_a_mean_over_earlier_tests_that_fades() -> None:
 
     tau = torch.tensor([[1.0, 0.5, 0.25]])
     low, high = torch.tensor([[0.4] * 4]), torch.tensor([[0.6] * 4])  # an exact test accepts below 0.5
-    ledger = Ledger.empty(1, torch.device("cpu"))
-    ledger = ledger.settle(tau, verification([1.0, 4.0, math.nan], 2, True), high)  # two tests, the second rejected
+    ledger, where = Ledger.empty(1, torch.device("cpu")), (torch.tensor([7]), torch.tensor([0]))
+    ledger = ledger.settle(tau, verification([1.0, 4.0, math.nan], 2, True), *where, high)  # two tests, the second rejected
     assert ledger.rejection[0].tolist() == pytest.approx([rejects(1) + rejects(2), 2.0])
-    ledger = ledger.settle(tau, verification([9.0, math.inf, math.nan], 2, False), low)  # one test, then the exact last step
+    one_test = verification([9.0, math.inf, math.nan], 2, False)  # and then the exact last step
+    ledger = ledger.settle(tau, one_test, *where, low)
     assert ledger.rejection[0].tolist() == pytest.approx([(rejects(1) + rejects(2)) / 2 + rejects(3), 2.0])
     assert ledger.spent[0].tolist() == pytest.approx(
-        [cost(torch.tensor(4.0), 0.5).item() for cost in (excess_acceptance, divergence)]
+        [*(cost(torch.tensor(4.0), 0.5).item() for cost in (excess_acceptance, divergence)), 0.0]
     )
     # of three accepted drafts the first had an exact test, and the others are saved where such a one would have rejected
     accepted = verification([1.0, 4.0, 4.0], 4, False)
-    assert ledger.settle(tau, accepted, high).saved[0] == 2
-    assert ledger.settle(tau, accepted, low).saved[0] == 0
+    assert ledger.settle(tau, accepted, *where, high).spent[0, 2] == 2
+    assert ledger.settle(tau, accepted, *where, low).spent[0, 2] == 0
 
 
 def drafted_steps(process: free.ReverseProcess, share: torch.Tensor, step: torch.Tensor) -> DraftedSteps:

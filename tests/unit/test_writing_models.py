@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 import free
 from free.drafters import Situation, StepDrafter
@@ -142,3 +143,51 @@ def test_inference_mode() -> None:
 def test_a_calibration_reads_the_outputs_of_its_own_round() -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 14, "shape": (5,), "num_trajectories": 4, "seed": 0}
     assert torch.equal(calibrate(Writing(), **arguments).weight, calibrate(Masked(), **arguments).weight)
+
+
+# --- a DiT is given no copies, unless there is something of the caller's about it ---------------------------------------
+
+
+def spoiling(model: DiTTransformer2DModel, around: str) -> None:
+    """Let something of the caller's write into the model's input, and into its last output."""
+    buffer, forward = torch.empty(256, 4, 8, 8), model.forward
+
+    def spoil(x: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor]:
+        x.add_(7)
+        return (buffer[: len(output)].copy_(output),)
+
+    def spoiled(x: torch.Tensor, **given: Any) -> tuple[torch.Tensor]:
+        return spoil(x, forward(x.clone(), **given)[0])
+
+    if around == "hook":
+        model.register_forward_hook(lambda _module, inputs, output: spoil(inputs[0], output[0]))
+    elif around == "forward":
+        model.forward = spoiled
+    elif around == "subclass":
+        model.__class__ = type("Own", (DiTTransformer2DModel,), {"forward": lambda _self, x, **given: spoiled(x, **given)})
+    elif around == "compiled in place":
+        model._compiled_call_impl = spoiled  # where module.compile() puts it
+
+
+@pytest.mark.parametrize("around", ["hook", "forward", "subclass", "compiled in place"])
+@pytest.mark.parametrize("sample", SAMPLERS[:2])
+def test_a_dit_that_was_changed(make_dit: Any, sample: Callable[..., free.SamplingOutput], around: str) -> None:
+    run = {"num_inference_steps": 6, "seed": [3, 1, 4, 1592], "class_labels": [0, 1, 2, 3]}
+    changed = make_dit(out_channels=4)
+    spoiling(changed, around)
+    same(*(sample(free.as_target(model, max_forward_batch=3), **run) for model in (changed, make_dit(out_channels=4))))
+
+
+def test_a_dit_as_it_was_written_needs_no_copies(make_dit: Any) -> None:
+    model = make_dit()
+    target = free.as_target(model)
+    assert not target.needs_copies
+    with target.capture_features(), target.compile():
+        assert not target.needs_copies
+    with target.compile(mode="reduce-overhead"):
+        assert target.needs_copies
+    assert not target.needs_copies
+    assert free.as_target(torch.compile(model)).needs_copies
+    spoiling(model, "compiled in place")
+    target.check_ready()  # as each run does
+    assert target.needs_copies
