@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--window", type=_window, default="auto", help="states evaluated in one round, W, or auto")
     demo.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
     demo.add_argument(
-        "--drafter", nargs="+", default=["hold-x0", "learned"], metavar="DRAFTER",
-        help="hold-x0, hold-output, learned (the one that ships with the digits DiT), or a drafter's folder",
+        "--drafter", nargs="+", default=["gains", "learned"], metavar="DRAFTER",
+        help="gains, hold-x0, hold-output, learned (the one that ships with the digits DiT), or a drafter's folder",
     )  # fmt: skip
     demo.add_argument("--per-class", type=_positive, default=1, help="samples of each class")
     demo.add_argument("--seed", type=int, default=0, help="seed of the first sample")
@@ -145,7 +145,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--drafters",
         nargs="+",
-        default=["hold-x0", "hold-output"],
+        default=["gains", "hold-x0"],
         metavar="DRAFTER",
         help="names, or folders of learned ones",
     )

@@ -28,7 +28,7 @@ DEFAULT_RESULTS = Path("benchmarks/results/compare.jsonl")
 def compare(
     *,
     model: Path | None = None,
-    drafters: Sequence[str] = ("hold-x0", "hold-output"),
+    drafters: Sequence[str] = ("gains", "hold-x0"),
     windows: Sequence[int] = (2, 4, 8, 16, 32, 64),
     steps: Sequence[int] = (50, 250),
     guidance_scales: Sequence[float] = (1.5,),

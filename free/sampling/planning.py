@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def plan_window(
     model: Any,
-    drafter: str | Drafter | Any = "hold-x0",
+    drafter: str | Drafter | Any = "gains",
     *,
     class_labels: Any = None,
     conditioning: dict[str, Any] | None = None,

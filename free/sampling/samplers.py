@@ -48,7 +48,7 @@ class SamplingOutput:
 @torch.no_grad()
 def speculative_sample(
     model: Any,
-    drafter: str | Drafter | Any = "hold-x0",
+    drafter: str | Drafter | Any = "gains",
     *,
     class_labels: Any = None,
     conditioning: dict[str, Any] | None = None,
@@ -78,7 +78,8 @@ def speculative_sample(
     Args:
         model: a ``DiTTransformer2DModel``, a ``DiTPipeline`` (its latents are returned, not decoded), any callable
             ``model(x, timestep, **conditioning) -> output``, or a :class:`free.Target`.
-        drafter: ``"hold-x0"``, ``"hold-output"``, a :class:`free.Drafter`, or a smaller model of the same samples.
+        drafter: ``"gains"``, ``"hold-x0"``, ``"hold-output"``, a :class:`free.Drafter`, or a smaller model of the same
+            samples.
         class_labels: an int, or one a sample; None is the null class.
         conditioning: keywords of a callable model; tensors have one row a sample, the rest is passed through.
         num_samples: B; left out, it follows from labels, conditioning, latents, seeds or generators, else 1.

@@ -39,6 +39,7 @@ def small(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     monkeypatch.chdir(tmp_path)
     return {
         "model": folder,
+        "drafters": ["hold-x0", "hold-output"],
         "windows": [2, 3],
         "steps": [8],
         "samples": 3,
@@ -393,7 +394,7 @@ def test_words_for_fresh_noise_and_sweeps(small: dict[str, Any], dit: DiTTransfo
     assert drafter_of(f"{trained}:sweeps=3").sweeps == 3
     assert drafter_of("fresh:hold-x0").name == "hold-x0, fresh noise"
     words = ["hold-x0", "fresh:hold-x0", str(trained), f"fresh:{trained}:sweeps=0"]
-    rows = compare(**{**small, "windows": [4]}, drafters=words)
+    rows = compare(**{**small, "windows": [4], "drafters": words})
     assert [row["drafter"] for row in rows] == ["hold-x0", "fresh:hold-x0", "trained", "fresh:trained:sweeps=0"]
     parameters = [row["drafter_parameters"] for row in rows]
     assert parameters[:2] == [0, 0]

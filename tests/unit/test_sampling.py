@@ -43,7 +43,7 @@ def test_the_default_call(dit: DiTTransformer2DModel) -> None:
     assert out.trajectory is None
     assert out.stats.steps == 250
     assert out.stats.window == 8
-    assert out.stats.drafter == "hold-x0"
+    assert out.stats.drafter == "gains"
 
 
 @pytest.mark.parametrize("sample", SAMPLERS)
