@@ -56,7 +56,7 @@ class DiTTarget(Target):
 
     def check_ready(self) -> None:
         super().check_ready()
-        self._as_written = self.model is self.module and _as_written(self.model)
+        self._as_written = self.module is not None and self.model is self.module and _as_written(self.module)
 
     @property
     def needs_copies(self) -> bool:
