@@ -31,10 +31,10 @@ def check_figure(name: str, path: Path) -> None:
     """As :func:`check_file`, of a file that matplotlib is to write; a ValueError for a format that it does not know."""
     from matplotlib.backend_bases import FigureCanvasBase
 
+    check_file(name, path)
     allowed = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in allowed:
         raise ValueError(f"{name} is {str(path)!r}; allowed are files that end in .{', .'.join(allowed)}")
-    check_file(name, path)
 
 
 def check_folder(name: str, folder: Path, kind: str) -> None:

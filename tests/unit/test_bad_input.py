@@ -877,7 +877,7 @@ def test_where_a_figure_goes_is_looked_at_first(tmp_path: Path) -> None:
 
     for path, error, message in (
         (tmp_path / "x.foo", ValueError, r"output is '.*x\.foo'; allowed are files that end in .*\.eps"),
-        (Path("/dev/full"), ValueError, r"output is '/dev/full'; allowed are files that end in"),
+        (Path("/dev/full"), OSError, r"output is '/dev/full', which is no regular file"),
         (tmp_path / "none" / "x.png", FileNotFoundError, r"its folder does not exist"),
     ):
         with pytest.raises(error, match=message):

@@ -215,7 +215,6 @@ def test_gpu_rows_are_reported_with_device_batch_and_baseline() -> None:
     assert "No rows" not in text
 
 
-def test_a_readme_without_marks_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# nothing\n")
-    with pytest.raises(ValueError, match="the README lacks"):
-        readme.write_blocks(tmp_path / "README.md")
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="the page lacks"):
+        readme.split("# nothing\n", "performance")
