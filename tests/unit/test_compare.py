@@ -325,7 +325,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_folder(
         ({"variance": ["fixed"]}, "variance holds 'fixed'; known are 'posterior', 'beta', 'geometric', 'learned'"),
         ({"variance": ["learned"]}, "model has no learned-variance channels"),
         ({"stochasticity": [-0.5]}, "stochasticity is -0.5; allowed is 0 or more"),
-        ({"relaxation": [-1.0]}, "relaxation is -1.0; allowed is 0 (exact) or more"),
+        ({"relaxation": [-1.0]}, "relaxation is -1.0; allowed is 0"),
         ({"relaxation": [1.0], "budget": 2.0}, "budget is 2.0; allowed is a total variation"),
         ({"relaxation": [1.0], "uncertainty": "none"}, "uncertainty is 'none'; known are"),
         ({"relaxation": [1.0], "uncertainty": "learned"}, "uncertainty is 'learned': model has no learned-variance"),
