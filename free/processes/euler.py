@@ -89,7 +89,7 @@ def edm_columns(
     quiet = int((next_noise[:-1] == 0).sum())
     if quiet:
         warnings.warn(
-            f"{quiet} of {len(sigma)} steps have no noise: each of them costs a round of its own", UserWarning, stacklevel=3
+            f"{quiet} of {len(sigma)} steps have no noise: each of them costs a round of its own", UserWarning, stacklevel=4
         )
     return {
         "timestep": raised if sigma_data is None else raised.log() / 4,

@@ -110,11 +110,17 @@ def test_rounds_on_the_digits_are_those_of_the_sampler() -> None:
     process = free.ReverseProcess.from_scheduler(ddpm(), steps)
     labels = [label % 10 for label in range(batch)]
     sampled = free.speculative_sample(
-        model, class_labels=labels, process=process, window=8, latents=latents, seed=keys_of(latents.flatten(1))
+        model,
+        "hold-x0",
+        class_labels=labels,
+        process=process,
+        window=8,
+        latents=latents,
+        seed=keys_of(latents.flatten(1)),
     )
     pipe = assemble("DiTPipeline", transformer=model, vae=Passing().eval(), scheduler=ddpm())
     pipe.set_progress_bar_config(disable=True)
-    with free.speculate(pipe, window=8) as run:
+    with free.speculate(pipe, window=8, drafter="hold-x0") as run:
         draw(pipe, labels, steps=steps, seed=0)
     extra = run.stats.rounds.mean() - sampled.stats.rounds.mean()
     assert abs(extra) <= 0.05 * sampled.stats.rounds.mean() + 1

@@ -704,7 +704,7 @@ def test_noise_of_an_operation(op: str, shape: tuple[int, ...]) -> None:
         ("normal", {"stream": -1}, r"stream is -1; allowed is 0 … 2\*\*32 - 1"),
         ("philox", {"stream": 2**32}, r"stream is 4294967296; allowed is 0 … 2\*\*32 - 1"),
         ("uniform", {"stream": 2**32}, r"stream is 4294967296; allowed is 0 … 2\*\*32 - 1"),
-        ("propose", {"draft": "hold"}, r"draft is 'hold'; known are 'hold-x0', 'hold-output', 'gains'"),
+        ("propose", {"draft": "hold"}, r"draft is 'hold'; known are 'hold-x0', 'hold-output'"),
         ("propose", {"window": 0}, r"window is 0; allowed is 1 or more"),
         ("propose", {"noise": torch.zeros(B, 1, D)}, r"noise has 1 columns; a window of 3 needs 2"),
         ("verify", {"uniforms": torch.zeros(B, 1)}, r"uniforms has 1 columns; a window of 3 needs 2"),

@@ -84,7 +84,7 @@ def test_captured_rounds_of_a_dit_with_features(dit: DiTTransformer2DModel) -> N
     target, process = free.as_target(dit), ReverseProcess.ddpm(14)
     for labels, seed in (([0, 1, 2], [1, 2, 3]), ([4, 3, 2], [5, 6, 7])):
         common: dict[str, Any] = {"class_labels": labels, "guidance_scale": 1.5, "process": process, "seed": seed}
-        expected = free.speculative_sample(target, window=4, **common)
+        expected = free.speculative_sample(target, "hold-x0", window=4, **common)
         setup = static_setup(target, "hold-x0", 4, **common)
         _, state, _ = run_loop(setup, 1, Graphs.of(setup))
         torch.testing.assert_close(state.unflatten(1, (2, 8, 8)), expected.samples, rtol=1e-3, atol=1e-3)

@@ -331,7 +331,11 @@ def test_a_subclass_is_read_as_its_base() -> None:
         ),
         (EulerAncestralDiscreteScheduler(), {"stochasticity": 0.5}, "stochasticity is 0.5 with a EulerAncestral"),
         (EulerAncestralDiscreteScheduler(), {"eta": 1.5}, "eta is 1.5; allowed is 0 … 1"),
-        (EDMDPMSolverMultistepScheduler(), {"num_inference_steps": 0}, "num_inference_steps is 0; allowed is 1 or more"),
+        (
+            EDMDPMSolverMultistepScheduler(),
+            {"num_inference_steps": 0},
+            "num_inference_steps is 0; allowed is an int, 1 or more",
+        ),
     ],
 )
 def test_refused_with_the_reason(scheduler: Any, given: dict[str, Any], message: str) -> None:
