@@ -18,7 +18,7 @@ _REPEATS = 2  # of a measurement, after the first one; the least counts, as a bu
 _ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
 _MEASUREMENTS = 3  # that are remembered
 _PATIENCE = 50.0  # times what a measurement took pass before the next one
-_AT_LEAST = 10.0  # seconds
+_SOON = (1.0, 5.0)  # seconds before the second and the third: one alone may have met a busy machine
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Measurements:
     def __init__(self) -> None:
         self._made: deque[RoundSeconds] = deque(maxlen=_MEASUREMENTS)
         self._again = -float("inf")
+        self._soon = list(_SOON)
 
     def latest(self, measure: Callable[[], RoundSeconds]) -> RoundSeconds:
         """What the last ones say together, after another one if it is time."""
@@ -70,7 +71,7 @@ class Measurements:
         if begin >= self._again:
             self._made.append(measure())
             end = time.perf_counter()
-            self._again = end + max(_PATIENCE * (end - begin), _AT_LEAST)
+            self._again = end + (self._soon.pop(0) if self._soon else max(_PATIENCE * (end - begin), _SOON[-1]))
         return functools.reduce(RoundSeconds.least, self._made)
 
 

@@ -387,11 +387,14 @@ def test_a_measurement_is_made_again_and_the_least_counts(monkeypatch: pytest.Mo
 
     measurements = Measurements()
     assert measurements.latest(measure).seconds.tolist() == [1.0, 9.0]
+    now[0] = 1.5  # half a second after its end: too soon
     assert measurements.latest(measure).seconds.tolist() == [1.0, 9.0]
-    now[0] = 60.0
+    now[0] = 2.5
     assert measurements.latest(measure).seconds.tolist() == [1.0, 1.5, 3.0]
-    now[0] = 120.0
+    now[0] = 9.0
     measurements.latest(measure)
-    now[0] = 180.0  # the first is forgotten
+    now[0] = 50.0  # from now on fifty times what one takes
+    measurements.latest(measure)
+    now[0] = 61.0  # the first is forgotten
     assert measurements.latest(measure).seconds.tolist() == [1.1, 1.5, 3.0]
-    assert made == [0.0, 60.0, 120.0, 180.0]
+    assert made == [0.0, 2.5, 9.0, 61.0]
