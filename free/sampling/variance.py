@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from free.checks import check_count
 from free.processes import ReverseProcess, learned_log_variance
 from free.sampling.ancestral import Chain, step_on
 from free.sampling.request import DEFAULT_STEPS, Options, check_request
@@ -50,8 +51,7 @@ def average_learned_variance(
     Raises:
         ValueError: a model that learned no variance, or another wrong argument, named, before any work is done.
     """
-    if isinstance(num_trajectories, bool) or not isinstance(num_trajectories, int) or num_trajectories < 1:
-        raise ValueError(f"num_trajectories is {num_trajectories!r}; allowed is an int, 1 or more")
+    num_trajectories = check_count("num_trajectories", num_trajectories)
     one_label = class_labels is None or not hasattr(class_labels, "__len__")
     request = check_request(
         model,

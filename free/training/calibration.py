@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from free.checks import check_count
 from free.drafters.hold import HoldX0
 from free.drafters.linear import Bands, LinearDrafter
 from free.processes import ReverseProcess
@@ -72,8 +73,7 @@ def calibrate(
     """
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
         raise ValueError(f"window is {window!r}; allowed is an int, 2 or more: a window of 1 drafts nothing")
-    if isinstance(num_trajectories, bool) or not isinstance(num_trajectories, int) or num_trajectories < 1:
-        raise ValueError(f"num_trajectories is {num_trajectories!r}; allowed is an int, 1 or more")
+    num_trajectories = check_count("num_trajectories", num_trajectories)
     if num_bands is not None and (isinstance(num_bands, bool) or not isinstance(num_bands, int) or num_bands < 1):
         raise ValueError(f"num_bands is {num_bands!r}; allowed is an int, 1 or more, or None")
     request = _request(
