@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         as_drafter,
     )
     from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
+    from free.policies import Sampler
     from free.processes import ReverseProcess
     from free.sampling.loop import NonFiniteOutputError
     from free.sampling.planning import plan_window
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from free.sampling.samplers import SamplingOutput, ancestral_sample, speculative_sample
     from free.sampling.statistics import SamplingStatistics
     from free.sampling.variance import average_learned_variance
-    from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
+    from free.targets import CallableTarget, DiTTarget, KnownEntries, Target, TargetOutput, as_target
     from free.training.calibration import calibrate
     from free.windows import WindowPlan
 
@@ -50,6 +51,7 @@ __all__ = [
     "Gains",
     "HoldOutput",
     "HoldX0",
+    "KnownEntries",
     "LastWindow",
     "LinearDrafter",
     "ModelDrafter",
@@ -57,6 +59,7 @@ __all__ = [
     "PipelineCheck",
     "Relaxation",
     "ReverseProcess",
+    "Sampler",
     "SamplingOutput",
     "SamplingStatistics",
     "Situation",
@@ -97,6 +100,7 @@ _HOME = {
     "UnsupportedPipelineError": "free.pipelines",
     "check_pipeline": "free.pipelines",
     "speculate": "free.pipelines",
+    "Sampler": "free.policies",
     "ReverseProcess": "free.processes",
     "NonFiniteOutputError": "free.sampling.loop",
     "plan_window": "free.sampling.planning",
@@ -109,13 +113,26 @@ _HOME = {
     "average_learned_variance": "free.sampling.variance",
     "CallableTarget": "free.targets",
     "DiTTarget": "free.targets",
+    "KnownEntries": "free.targets",
     "Target": "free.targets",
     "TargetOutput": "free.targets",
     "as_target": "free.targets",
     "calibrate": "free.training.calibration",
     "WindowPlan": "free.windows",
 }
-_ROOMS = ("data", "demo", "drafters", "evaluation", "pipelines", "processes", "sampling", "targets", "training", "windows")
+_ROOMS = (
+    "data",
+    "demo",
+    "drafters",
+    "evaluation",
+    "pipelines",
+    "policies",
+    "processes",
+    "sampling",
+    "targets",
+    "training",
+    "windows",
+)
 
 
 def __getattr__(name: str) -> Any:

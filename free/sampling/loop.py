@@ -59,7 +59,7 @@ class Run:
         self.stats.budget = setup.relaxation.spendable if setup.relaxation else 0.0
         self.watch = Stopwatch(request.seed.device)
 
-    def turns(self, schedule: Schedule, lag: int = 0) -> Iterator[Turn]:
+    def turns(self, schedule: Schedule, lag: int = 0, guess: torch.Tensor | None = None) -> Iterator[Turn]:
         """Rounds until every sample is finished; who has seen enough stops asking.
 
         The host knows how the samples fared ``lag`` rounds ago: with one it prepares a round while the device is at the one
@@ -68,11 +68,12 @@ class Run:
         Args:
             schedule: of the windows, none wider than the setup's.
             lag: rounds; 0 reads each before the next.
+            guess: of the samples, float32 [B, D], see :func:`free.sampling.window.first_window`.
 
         Raises:
             NonFiniteOutputError: a step that depends on NaN or infinity.
         """
-        self.begin(schedule)
+        self.begin(schedule, guess)
         while self.unfinished:
             window = self.next_window()
             if self.graphs is not None:
@@ -83,12 +84,12 @@ class Run:
             yield self.enter(live, done, window, lag)
             self.release()
 
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self, schedule: Schedule, guess: torch.Tensor | None = None) -> None:
         """All samples in their initial states; whoever evaluates the target elsewhere drives the rounds by these parts of
         :meth:`turns`: ``next_window``, the two halves of a round, ``enter`` and ``release``, until none is unfinished.
         """
         self.schedule, self.stats.window = schedule, schedule.name
-        self.live = first_window(self.setup, self.state.clone())
+        self.live = first_window(self.setup, self.state.clone(), guess)
         self.known = Known.nothing(self.setup.request.batch, self.setup.request.process.num_steps)
         self._under_way: deque[tuple[int, Report]] = deque()
         self._forward_batch = self.setup.request.target.forward_batch(self.setup.request.guided)

@@ -134,11 +134,8 @@ def speculative_sample(
     captured = wants_capture(capture, request, drafter, relaxation)
 
     schedule = schedule_of(window)
-    if schedule and not schedule.keys.isdisjoint(request.keys):
-        raise ValueError(
-            "window is a plan that was made from statistics of samples of the same seed: it has seen their noise, and would "
-            "bias them; allowed are other seeds, or a plan that was made without statistics"
-        )
+    if schedule:
+        schedule.check_keys(request.keys)
     widest, reach = (schedule.widest, schedule.reach(request.process)) if schedule else (WINDOWS[-1], None)
     setup = Setup.of(request, drafter, widest, impl, reach, relaxation)
     begin = time.perf_counter()

@@ -118,8 +118,12 @@ class Round:
         return self.situation.step
 
 
-def first_window(setup: Setup, state: torch.Tensor) -> Live:
-    """All samples at step 0 in their initial states [B, D], with an empty memory."""
+def first_window(setup: Setup, state: torch.Tensor, guess: torch.Tensor | None = None) -> Live:
+    """All samples at step 0 in their initial states [B, D], with an empty memory.
+
+    ``guess`` float32 [B, D] is an estimate of the samples that the first window's drafts lean on, in place of zero; it may
+    have seen no noise of these samples' keys.
+    """
     request = setup.request
     seed = request.seed
     batch, numel = state.shape
@@ -130,9 +134,14 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
     if setup.drafter.needs_features:
         tokens, width = request.target.check_features()
         feature = zeros.new_zeros(batch, setup.widest, tokens, width, dtype=request.target.dtype)
-    last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if request.guided else None, feature)
+    output = zeros
+    if guess is not None:
+        # the output that means it, of a state of zero
+        output = zeros.clone()
+        output[:, 0] = guess / request.process.x0_model_coef[0]
+    last = LastWindow(step, torch.ones_like(step), zeros, output, output if request.guided else None, feature)
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
-    noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
+    noise = NoiseWindow.empty(seed, setup.widest, numel, request.process.num_steps) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
     x0 = None if request.process.memory is None else torch.zeros_like(state)
     memory = setup.drafter.begin(last, request.sample_shape)

@@ -7,8 +7,9 @@ from typing import Any
 from free.targets.base import Target, TargetOutput
 from free.targets.dit import DiTTarget
 from free.targets.function import CallableTarget
+from free.targets.known import KnownEntries
 
-__all__ = ["CallableTarget", "DiTTarget", "Target", "TargetOutput", "as_target"]
+__all__ = ["CallableTarget", "DiTTarget", "KnownEntries", "Target", "TargetOutput", "as_target"]
 
 
 def as_target(

@@ -22,7 +22,7 @@ def _flat(conditioning: dict[str, Any], above: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{above}{name}{_WITHIN}")
         else:
-            flat[f"{above}{name}"] = _as_tensor(value)
+            flat[f"{above}{name}"] = as_tensor(value)
     return flat
 
 
@@ -38,7 +38,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _as_tensor(value: Any) -> Any:
+def as_tensor(value: Any) -> Any:
     """NumPy arrays have one row a sample too."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
         return value

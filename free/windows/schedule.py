@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,14 @@ class Schedule(ABC):
             under_way: windows of the rounds that the host has not read.
             rows: samples in the batch, finished ones included.
         """
+
+    def check_keys(self, keys: Collection[int]) -> None:
+        """Raise a ValueError if the windows were chosen by samples of any of these keys, which they would bias."""
+        if not self.keys.isdisjoint(keys):
+            raise ValueError(
+                "window is a plan that was made from statistics of samples of the same seed: it has seen their noise, and "
+                "would bias them; allowed are other seeds, or a plan that was made without statistics"
+            )
 
     def learn(self, window: int, before: Known, after: Known) -> None:  # noqa: B027 - some know all from the start
         """What a round of ``window`` did, once the host has read it."""
