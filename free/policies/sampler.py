@@ -1,4 +1,4 @@
-"""A sampler that is made once and called again and again: all that can be checked, measured and planned is done at making."""
+"""A sampler that is made once and called again and again: what can be checked, measured and planned is done at making."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Sampler:
         drafter = as_drafter(self._drafter, request.seed.device)
         drafter.check(request.target)
         captured = wants_capture(self._capture, request, drafter)
-        options = {"impl": asked.impl, "capture": self._capture, "compile": self._compile}
+        options: dict[str, Any] = {"impl": asked.impl, "capture": self._capture, "compile": self._compile}
         plan = self._window
         if isinstance(plan, str):
             plan = plan_window(

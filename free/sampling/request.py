@@ -105,9 +105,7 @@ class Request:
                 raise ValueError(f"{name} speaks of {given} samples; allowed are {batch}, as at the beginning")
         return replace(
             self,
-            conditioning={
-                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in checked.items()
-            },
+            conditioning=_on(device, checked),
             seed=torch.tensor(_check_seeds(seed, generator, batch), dtype=torch.int64, device=device),
             latents=None if latents is None else latents.to(device, torch.float32).flatten(1),
         )
@@ -214,12 +212,16 @@ def check_request(model: Any, options: Options) -> Request:
     return Request(
         target,
         process.to(device),
-        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in checked.items()},
+        _on(device, checked),
         guidance_scale,
         sample_shape,
         torch.tensor(_check_seeds(options.seed, options.generator, batch), dtype=torch.int64, device=device),
         None if latents is None else latents.to(device, torch.float32).flatten(1),
     )
+
+
+def _on(device: torch.device, conditioning: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in conditioning.items()}
 
 
 def _check_alike(name: str, value: Any, before: Any) -> None:
