@@ -90,8 +90,8 @@ class Sampler:
         check_window(window)
         if known is not None:
             target: Target = KnownEntries(network, known)
-            if shape is not None and tuple(shape) != target.whole_shape:
-                raise ValueError(f"known has shape {target.whole_shape}; shape is {tuple(shape)}: they must agree")
+            if shape is not None and tuple(shape) != tuple(known.shape):
+                raise ValueError(f"known has shape {tuple(known.shape)}; shape is {tuple(shape)}: they must agree")
             shape = None
         else:
             target = as_target(network)

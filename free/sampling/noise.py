@@ -10,6 +10,7 @@ from free.sampling.tensors import map_tensors
 from free_kernels import NOISE_STREAM, TEST_STREAM, normal, uniform
 
 # noise is drawn some steps ahead while that is little: a call costs more than its numbers when they are few
+_STEPS_AHEAD = 32
 _NUMBERS_AHEAD = 2**16
 
 
@@ -28,10 +29,9 @@ class NoiseWindow:
     """int64 [B]: steps below this one are in the ring, or were."""
 
     @classmethod
-    def empty(cls, seed: torch.Tensor, widest: int, numel: int, num_steps: int) -> NoiseWindow:
+    def empty(cls, seed: torch.Tensor, widest: int, numel: int) -> NoiseWindow:
         affordable = _NUMBERS_AHEAD // (len(seed) * numel)
-        # a window that is wider than what is left reaches beyond the last step
-        capacity = max(widest, min(num_steps + widest - 1, affordable))
+        capacity = max(widest, min(_STEPS_AHEAD, affordable))
         noise = torch.empty(len(seed), capacity, numel, dtype=torch.float32, device=seed.device)
         return cls(noise, torch.empty_like(noise[..., 0]), torch.zeros_like(seed))
 

@@ -141,7 +141,7 @@ def first_window(setup: Setup, state: torch.Tensor, guess: torch.Tensor | None =
         output[:, 0] = guess / request.process.x0_model_coef[0]
     last = LastWindow(step, torch.ones_like(step), zeros, output, output if request.guided else None, feature)
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
-    noise = NoiseWindow.empty(seed, setup.widest, numel, request.process.num_steps) if stored else None
+    noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
     x0 = None if request.process.memory is None else torch.zeros_like(state)
     memory = setup.drafter.begin(last, request.sample_shape)

@@ -17,7 +17,7 @@ import free.sampling.planning
 from free.drafters import Situation, StepDrafter
 from free.sampling.window import Setup
 from free.windows import RoundSeconds
-from tests.statistical.laws import PValues, normal_p
+from tests.statistical.laws import PValues, normal_p, two_sample_p
 
 # of rounds of one, two and four states a row: near where a second state pays, so that what was seen of a draft decides
 SECONDS = np.array([1.0, 1.2, 1.4])
@@ -123,9 +123,32 @@ def auto_with_a_key_in_two_rows() -> PValues:
     return _runs(900, 6, one)
 
 
+class Heard(StepDrafter):
+    """1.5 standard deviations off where the anchor's x0 is positive, else right: what that has heard of the noise decides."""
+
+    name = "heard"
+
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        process = situation.process
+        gap = 1.5 * (situation.anchor(step).x0(process) > 0)
+        return situation.target.model(state, process.timestep[step]) + gap * (process.std / process.model_coef)[step][:, None]
+
+
+def warm_start_of_the_same_seed() -> PValues:
+    """A policy that is called with the same seeds again, then with others: its last samples have heard the first ones'."""
+    process, count = free.ReverseProcess.ddpm(4), 20_000
+    asked: dict[str, Any] = {"shape": (1,), "num_samples": count, "process": process, "impl": "reference"}
+    policy = free.Sampler(Line(), drafter=Heard(), window=4, shift=0, **asked)
+    expected = free.ancestral_sample(Line(), seed=77, **asked).samples
+    return {
+        f"call {i}, seed {seed}": two_sample_p(policy(seed=seed), expected) for i, seed in enumerate((5, 5, 6, 7, 6))
+    }
+
+
 CHECKS: dict[str, Callable[[], PValues]] = {
     "keys: a plan of the same seed": plan_of_the_same_seed,
     "keys: a plan of statistics": plan_of_statistics,
     "keys: auto twice": auto_twice,
     "keys: auto, a key in two rows": auto_with_a_key_in_two_rows,
+    "keys: a warm start of the same seed": warm_start_of_the_same_seed,
 }

@@ -301,6 +301,20 @@ def _learned_abandoned(call: inspect.BoundArguments, original: Callable[..., Any
     return original(*call.args)
 
 
+def _heard_before() -> Any:
+    """A warm start from samples of the same keys."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def planted(self: Any, request: Any) -> Any:
+            self._seen.clear()
+            return original(self, request)
+
+        return planted
+
+    owner = importlib.import_module("free.policies.sampler").Sampler
+    return mock.patch.object(owner, "_guess", make(owner._guess))
+
+
 _PLAIN, _SHIFTED = "one step, plain", "chain: gaussian, shifted, W=4"
 _BOTH = (_PLAIN, _SHIFTED)
 
@@ -373,6 +387,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("certificate: within a budget",),
     ),
     "divergence without its third moment": Mutation(_two_moments, ("certificate: tau 0.02",)),
+    "warm start of the same keys": Mutation(_heard_before, ("keys: a warm start of the same seed",)),
     "a pilot of the samples' own keys": Mutation(
         method("free.sampling.request:Request", "pilot", lambda request: request), ("keys: a plan of the same seed",)
     ),

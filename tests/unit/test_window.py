@@ -39,7 +39,7 @@ def test_noise_is_that_of_seed_and_step_and_is_drawn_once(monkeypatch: pytest.Mo
     monkeypatch.setattr(free.sampling.noise, "uniform", counting(uniform, tested))
     chance = torch.Generator().manual_seed(window)
     seed, step = torch.tensor([7, -3, 2**62]), torch.zeros(3, dtype=torch.int64)
-    noise = NoiseWindow.empty(seed, window, numel, 250)
+    noise = NoiseWindow.empty(seed, window, numel)
     for turn in range(25):
         z, u = noise.reach(seed, step, window)
         steps = step[:, None] + torch.arange(window)
@@ -56,7 +56,7 @@ def test_noise_is_that_of_seed_and_step_and_is_drawn_once(monkeypatch: pytest.Mo
 
 def test_the_numbers_drawn_ahead_are_bounded() -> None:
     for numel in (1, 100, 10**5):
-        noise = NoiseWindow.empty(torch.zeros(4, dtype=torch.int64), 8, numel, 250)
+        noise = NoiseWindow.empty(torch.zeros(4, dtype=torch.int64), 8, numel)
         assert noise.noise.numel() <= max(4 * 8 * numel, 2**16)
 
 
