@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free.checks import check_count
+from free.checks import check_count, check_number
 from free.drafters import Drafter, as_drafter
 from free.processes import ReverseProcess
 from free.sampling.capture import Graphs, wants_capture
@@ -115,9 +115,11 @@ class Sampler:
         self.shift = None if shift is None else check_count("shift", shift, least=0)
         if conditioning is not None:
             self._make(conditioning)
-        elif known is None and guidance_scale == 1:
+        else:
             # what does not hang on the conditioning is checked now
-            check_request(target, self._options)
+            check_number("guidance_scale", guidance_scale, "1 (no guidance) or more", 1)
+            example = None if known is None else {KNOWN: torch.zeros(num_samples or 1, *known.shape)}
+            check_request(target, replace(self._options, guidance_scale=1.0, conditioning=example))
 
     @torch.no_grad()
     def __call__(

@@ -60,9 +60,8 @@ class KnownEntries(CallableTarget):
         known = as_tensor((conditioning or {}).get(KNOWN))
         if not isinstance(known, torch.Tensor) or known.shape[1:] != self.whole_shape or not known.is_floating_point():
             given = f"shape {tuple(known.shape)}" if isinstance(known, torch.Tensor) else f"type {type(known).__name__}"
-            raise ValueError(
-                f"conditioning {KNOWN!r} has {given}; allowed is a floating tensor (samples, *{self.whole_shape})"
-            )
+            allowed = ", ".join(map(str, self.whole_shape))
+            raise ValueError(f"conditioning {KNOWN!r} has {given}; allowed is a floating tensor (samples, {allowed})")
         rest = {name: value for name, value in (conditioning or {}).items() if name != KNOWN}
         checked, count = super().check_conditioning(class_labels, rest, guidance_scale, batch)
         if count not in (None, len(known)):
