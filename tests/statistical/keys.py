@@ -124,14 +124,14 @@ def auto_with_a_key_in_two_rows() -> PValues:
 
 
 class Heard(StepDrafter):
-    """1.5 standard deviations off where the anchor's x0 is positive, else right: what that has heard of the noise decides."""
+    """1.5 standard deviations off where the anchor's x0 is positive, else right: what it has heard of the noise decides."""
 
     name = "heard"
 
     def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
         process = situation.process
-        gap = 1.5 * (situation.anchor(step).x0(process) > 0)
-        return situation.target.model(state, process.timestep[step]) + gap * (process.std / process.model_coef)[step][:, None]
+        gap = 1.5 * (situation.anchor(step).x0(process) > 0) * (process.std / process.model_coef)[step][:, None]
+        return situation.target.model(state, process.timestep[step]) + gap
 
 
 def warm_start_of_the_same_seed() -> PValues:
@@ -140,9 +140,7 @@ def warm_start_of_the_same_seed() -> PValues:
     asked: dict[str, Any] = {"shape": (1,), "num_samples": count, "process": process, "impl": "reference"}
     policy = free.Sampler(Line(), drafter=Heard(), window=4, shift=0, **asked)
     expected = free.ancestral_sample(Line(), seed=77, **asked).samples
-    return {
-        f"call {i}, seed {seed}": two_sample_p(policy(seed=seed), expected) for i, seed in enumerate((5, 5, 6, 7, 6))
-    }
+    return {f"call {i}, seed {seed}": two_sample_p(policy(seed=seed), expected) for i, seed in enumerate((5, 5, 6, 7, 6))}
 
 
 CHECKS: dict[str, Callable[[], PValues]] = {

@@ -28,8 +28,8 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        pull = torch.tanh(x.double().cumsum(1) + observation.double()[:, None, : x.shape[-1]]) * timestep[:, None, None] / 100
-        return (0.6 * x.double() + self.scale.double() * pull).float()
+        pull = torch.tanh(x.double().cumsum(1) + observation.double()[:, None, : x.shape[-1]])
+        return (0.6 * x.double() + self.scale.double() * pull * timestep[:, None, None] / 100).float()
 
 
 @pytest.fixture
