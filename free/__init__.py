@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepDrafter,
         as_drafter,
     )
+    from free.parallel import RankError, WindowParallel
     from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
     from free.processes import ReverseProcess
     from free.sampling.loop import NonFiniteOutputError
@@ -55,6 +56,7 @@ __all__ = [
     "ModelDrafter",
     "NonFiniteOutputError",
     "PipelineCheck",
+    "RankError",
     "Relaxation",
     "ReverseProcess",
     "SamplingOutput",
@@ -65,6 +67,7 @@ __all__ = [
     "Target",
     "TargetOutput",
     "UnsupportedPipelineError",
+    "WindowParallel",
     "WindowPlan",
     "__version__",
     "ancestral_sample",
@@ -92,6 +95,8 @@ _HOME = {
     "Situation": "free.drafters",
     "StepDrafter": "free.drafters",
     "as_drafter": "free.drafters",
+    "RankError": "free.parallel",
+    "WindowParallel": "free.parallel",
     "PipelineCheck": "free.pipelines",
     "Speculation": "free.pipelines",
     "UnsupportedPipelineError": "free.pipelines",
@@ -115,7 +120,19 @@ _HOME = {
     "calibrate": "free.training.calibration",
     "WindowPlan": "free.windows",
 }
-_ROOMS = ("data", "demo", "drafters", "evaluation", "pipelines", "processes", "sampling", "targets", "training", "windows")
+_ROOMS = (
+    "data",
+    "demo",
+    "drafters",
+    "evaluation",
+    "parallel",
+    "pipelines",
+    "processes",
+    "sampling",
+    "targets",
+    "training",
+    "windows",
+)
 
 
 def __getattr__(name: str) -> Any:

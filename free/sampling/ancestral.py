@@ -73,4 +73,5 @@ def step_on(
             state = posterior(chain.state, output.output.flatten(1), *drawn, **given)
         else:
             state, x0 = posterior_with_memory(chain.state, output.output.flatten(1), x0, *drawn, **given)
+        state, x0 = request.target.ranks.settled((state, x0))
     return replace(chain, step=chain.step + 1, state=state, x0=x0), output

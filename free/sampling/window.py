@@ -264,6 +264,7 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
         previous_x0=live.x0,
         impl=setup.impl,
     )
+    verification = setup.request.target.ranks.settled(verification)
     if tau is not None and ledger:
         ledger = ledger.settle(tau, verification, live.seed, situation.step, proposed.uniforms, setup.impl)
     sound = finite(
