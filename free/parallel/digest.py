@@ -72,7 +72,7 @@ def terms_of(request: Request, drafter: Drafter | None, settings: Mapping[str, A
         "call": tuple(sorted(settings)),
         "software": (torch.__version__, __version__),
         "device": request.seed.device.type,
-        "model": target,
+        "model or its weights": target,
         "process": request.process.fingerprint(),
         "number of samples": request.batch,
         "shape": request.sample_shape,
@@ -98,8 +98,8 @@ def describe(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, str, tuple, list)):
         said = repr(value)
         return said if len(said) < _LONG else f"{said[:_LONG]} … {digest(value):016x}"
-    name = getattr(value, "name", None) if isinstance(value, Drafter) else None
-    return f"{name or type(value).__name__} {digest(value):016x}"
+    kind = value.name if isinstance(value, Drafter) else type(value.model if isinstance(value, Target) else value).__name__
+    return f"{kind} {digest(value):016x}"
 
 
 def _parts(value: Any, above: tuple[int, ...]) -> Iterator[str]:

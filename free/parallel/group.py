@@ -37,7 +37,7 @@ class Point(IntEnum):
 
     BEGIN = 0
     EVALUATE = 1
-    SETTLE = 2
+    SETTLE = 2  # and waits for the first rank
     NUMBER = 3
     END = 4
     FAILED = 5
@@ -50,7 +50,7 @@ class Point(IntEnum):
 _WORDS = {
     Point.BEGIN: "begins a call",
     Point.EVALUATE: "has evaluated its share of {} states",
-    Point.SETTLE: "has settled a round of {} bytes",
+    Point.SETTLE: "settles a round",
     Point.NUMBER: "has chosen a number",
     Point.END: "ends a call",
     Point.FAILED: "has raised",
@@ -67,6 +67,10 @@ class Group(Ranks):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._device = torch.device("cpu")
+        """Where the target computes."""
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        """What is on its way, which must live until it has arrived."""
         self.bytes: Counter[str] = Counter()
         """That were exchanged so far, as each process received them, by what for: ``"outputs"``, ``"settled"``, and
         ``"words"`` between the hosts."""
@@ -91,19 +95,43 @@ class Group(Ranks):
     def any(self, flag: bool) -> bool:
         return any(self._meet(Point.NUMBER, float(flag)))
 
-    def settled(self, values: T) -> T:
-        packed = pack(values)
-        self._meet_alike(Point.SETTLE, len(packed))
-        self._exchange("what was settled", lambda: dist.broadcast(packed, group=self._group, group_src=0))
+    def settled(self, settle: Callable[[], T]) -> T:
+        # rank 0 does not wait for the others, who wait for it alone; so who has failed must still take what it sends
+        values, failure = None, None
+        try:
+            values = settle()
+            packed = pack(values)
+        except BaseException as error:
+            failure, packed = error, torch.empty(0, dtype=torch.uint8)
+        size = self._from_first(torch.tensor([-1 if failure else len(packed)]))
+        self.bytes["words"] += size.element_size()
+        if int(size) < 0:
+            if failure is None:
+                self._meet(Point.SETTLE)  # where rank 0 says what has happened
+            raise failure or RankError("rank 0 has settled nothing")
+        if failure is not None:
+            packed = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+        packed = self._from_first(packed)
         self.bytes["settled"] += len(packed)
-        if self.rank == 0:
-            return values
-        parts = unpack(packed[None], values)
-        return cast(T, values._make(parts) if hasattr(values, "_make") else tuple(parts))
+        if failure is not None:
+            raise failure
+        assert values is not None
+        return values if self.rank == 0 else cast(T, tuple(unpack(packed[None], values)))
+
+    def _from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's."""
+
+        def send() -> None:
+            work = dist.broadcast(tensor, group=self._group, group_src=0, async_op=self.rank == 0 and not tensor.is_cuda)
+            self._sent += [(work, tensor)] if work is not None else []
+
+        self._exchange("what was settled", send)
+        return tensor
 
     def gather(self, states: int, own: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Each tensor of all processes, one after the other along a new first axis; of ``states`` states in all."""
         packed = pack(own)
+        self._device = packed.device
         everybodys = packed.new_empty(self.size, len(packed))
         self._meet_alike(Point.EVALUATE, states)
         self._exchange("outputs", lambda: dist.all_gather(list(everybodys.unbind()), packed, group=self._group))
@@ -158,7 +186,13 @@ class Group(Ranks):
     def _words(self, own: torch.Tensor) -> torch.Tensor:
         """[R, N] of each rank's [N], from host to host."""
         everybodys = own.new_empty(self.size, len(own))
-        self._exchange("words", lambda: dist.all_gather(list(everybodys.unbind()), own, group=self._group))
+
+        def exchange() -> None:
+            while self._sent:
+                self._sent.pop()[0].wait()
+            dist.all_gather(list(everybodys.unbind()), own, group=self._group)
+
+        self._exchange("words", exchange)
         self.bytes["words"] += everybodys.numel() * everybodys.element_size()
         return everybodys
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,9 +37,9 @@ class Ranks:
         """Whether it is true in some process."""
         return flag
 
-    def settled(self, values: T) -> T:
-        """A (named) tuple of tensors and Nones as the first process has it: what a round has settled."""
-        return values
+    def settled(self, settle: Callable[[], T]) -> T:
+        """What ``settle`` returns, a (named) tuple of tensors and Nones, as the first process has it; all call it."""
+        return settle()
 
 
 ALONE = Ranks()
