@@ -1,12 +1,14 @@
 """Seconds a sample of a window over processes, against one process: ``python -m benchmarks.parallel``.
 
 Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns, so
-that a machine that is busy for a while is so for all; a process that is not meant waits for the others, asleep.
+that a machine that is busy for a while is so for all; a process that is not meant waits for the others, asleep. What more
+processes would do is projected from what forwards of fewer states and an exchange take here.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -20,18 +22,27 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import free
-from benchmarks.models import GUIDANCE
+from benchmarks.models import GUIDANCE, forward_of, request_of
+from benchmarks.projection import GPUS, exchange_bytes
 from benchmarks.rows import RESULTS, write_row
+from benchmarks.timing import median_microseconds
 from free.targets.loading import load_target
 
+NAME = "parallel"
 BENCHMARK = "a window over processes"
+PROJECTION = "projection of a window over processes"
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "photo_dit"
 DRAFTER = "gains"
+_ONE, _THREADS, _PROCESSES = "one process, one thread", "one process, as many threads", "processes"
 _PATIENCE = timedelta(minutes=5)
+_EXCHANGES = 50
+_FORWARDS = 15
+_FLOAT_BYTES = 4 * 2  # float32, and both halves of the guidance
 
 
+@torch.no_grad()
 def measure(rank: int, options: argparse.Namespace, store: str) -> None:
-    """What one of the processes does; the first one writes a row for each window."""
+    """What one of the processes does; the first one writes the rows."""
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, options.processes),
@@ -40,22 +51,27 @@ def measure(rank: int, options: argparse.Namespace, store: str) -> None:
         timeout=_PATIENCE,
     )
     torch.set_num_threads(1)
-    model = load_target(options.model)
-    split = free.WindowParallel(model)
+    target = load_target(options.model)
+    split = free.WindowParallel(target)
     for window in options.windows:
         arms = {
-            "one process, one thread": _Arm(model, window, options.steps, 1, alone=True),
-            "one process, as many threads": _Arm(model, window, options.steps, options.processes, alone=True),
-            "processes": _Arm(split, window, options.steps, 1, alone=False),
+            _ONE: _Arm(target, window, options.steps, 1, alone=True),
+            _THREADS: _Arm(target, window, options.steps, options.processes, alone=True),
+            _PROCESSES: _Arm(split, window, options.steps, 1, alone=False),
         }
         for repeat in range(-1, options.repeats):  # the first one warms up
             for arm in arms.values():
                 dist.barrier()
                 if rank == 0 or not arm.alone:
                     arm.run(repeat)
+        exchange = _exchange_seconds(split, window)
+        dist.barrier()
         if rank == 0:
-            _write(arms, split, window, options)
-    dist.barrier()
+            request = request_of(target, 1, GUIDANCE, options.steps)
+            shares = sorted({1, window, *(-(-window // count) for count in GPUS)})
+            forwards = {share: _seconds(forward_of(request, share)) for share in shares}
+            _write(arms, forwards, exchange, window, options)
+        dist.barrier()
     dist.destroy_process_group()
 
 
@@ -90,26 +106,48 @@ class _Arm:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def phase(self, name: str) -> float:
-        """Milliseconds of a round, the median."""
-        return statistics.median(
-            1e3 * phases[name] / rounds for phases, rounds in zip(self.phases, self.rounds, strict=True)
-        )
+    def of_a_round(self, phase: str) -> float:
+        """Seconds, the median."""
+        return statistics.median(phases[phase] / rounds for phases, rounds in zip(self.phases, self.rounds, strict=True))
 
 
-def _write(arms: dict[str, _Arm], split: free.WindowParallel, window: int, options: argparse.Namespace) -> None:
+def _seconds(forward: Callable[[], Any]) -> float:
+    return 1e-6 * median_microseconds(forward, torch.device("cpu"), _FORWARDS, flush=False)
+
+
+def _exchange_seconds(split: free.WindowParallel, window: int) -> float:
+    """Of a round's outputs and its settled state, between processes that have nothing else to do."""
+    shape = split.sample_shape
+    assert shape is not None
+    share = -(-window // split.ranks.size)
+    outputs = [torch.randn(share, *shape) for _ in ("conditional", "unconditional")]
+    taken = []
+    for _ in range(_EXCHANGES):
+        begin = time.perf_counter()
+        split.ranks.gather(window, outputs)
+        split.ranks.settled(lambda: (outputs[0][0],))
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
+
+
+def _write(
+    arms: dict[str, _Arm], forwards: dict[int, float], exchange: float, window: int, options: argparse.Namespace
+) -> None:
     one, threads, processes = arms.values()
-    received, rounds = split.bytes, sum(processes.rounds)
+    shape = one.model.sample_shape
+    common = {
+        "model": options.model.name,
+        "steps": options.steps,
+        "batch": 1,
+        "guidance_scale": GUIDANCE,
+        "drafter": DRAFTER,
+        "window": window,
+    }
     row = write_row(
-        "parallel",
+        NAME,
         {
             "benchmark": BENCHMARK,
-            "model": options.model.name,
-            "steps": options.steps,
-            "batch": 1,
-            "guidance_scale": GUIDANCE,
-            "drafter": DRAFTER,
-            "window": window,
+            **common,
             "processes": options.processes,
             "repeats": options.repeats,
             "seconds_median": processes.median,
@@ -117,19 +155,38 @@ def _write(arms: dict[str, _Arm], split: free.WindowParallel, window: int, optio
             "seconds_as_many_threads_median": threads.median,
             "speedup": one.median / processes.median,
             "speedup_of_threads": one.median / threads.median,
-            "speedup_paired_median": statistics.median(map(_ratio, one.seconds, processes.seconds)),
             "rounds": statistics.mean(processes.rounds),
             "rounds_one_thread": statistics.mean(one.rounds),
-            "milliseconds": {name: {phase: arm.phase(phase) for phase in arm.phases[0]} for name, arm in arms.items()},
-            "seconds": {name: [round(value, 4) for value in arm.seconds] for name, arm in arms.items()},
+            "seconds_of_a_round": {
+                name: {phase: arm.of_a_round(phase) for phase in arm.phases[0]} for name, arm in arms.items()
+            },
+            "seconds_of_exchange": exchange,
+            "bytes_of_exchange": exchange_bytes(window, 1, math.prod(shape), _FLOAT_BYTES),
+            "seconds_of_forwards": {str(states): seconds for states, seconds in forwards.items()},
+            "seconds": {name: arm.seconds for name, arm in arms.items()},
         },
         options.results,
     )
-    print({name: value for name, value in row.items() if name not in ("seconds", "command")}, received, rounds, flush=True)
-
-
-def _ratio(one: float, other: float) -> float:
-    return one / other
+    print({name: value for name, value in row.items() if name not in ("seconds", "command")}, flush=True)
+    rest = one.of_a_round("draft") + one.of_a_round("verification")
+    whole = forwards[window] + rest
+    for count in (count for count in GPUS if count <= window):
+        share = forwards[-(-window // count)]
+        write_row(
+            NAME,
+            {
+                "benchmark": PROJECTION,
+                **common,
+                "processes": count,
+                "seconds_of_share": share,
+                "seconds_of_rest": rest,
+                "seconds_of_exchange": exchange,
+                "link_bytes_per_second": exchange_bytes(window, 1, math.prod(shape), _FLOAT_BYTES) / exchange,
+                "projected_speedup": whole / (share + rest + exchange),
+                "is_projection": "not measured: T(ceil(W / R)) of one process, and an exchange as between two here",
+            },
+            options.results,
+        )
 
 
 def main(arguments: Sequence[str] | None = None, spawn: Callable[..., Any] = torch.multiprocessing.spawn) -> None:
