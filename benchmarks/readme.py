@@ -209,7 +209,8 @@ def _projection(device: str, rows: Rows) -> Iterator[str]:
     if latest:
         yield (
             f"A projection, not a measurement: W states split over several {device}, from T(W / n) on one of them, "
-            f"communication left out; over the ancestral sampler on one ({BEST}), batch 1:"
+            "drafting and verification left out, and an exchange a round over a link of "
+            f"{latest[-1]['link_bytes_per_second'] / 1e9:g} GB/s; over the ancestral sampler on one ({BEST}), batch 1:"
         )
         lines = [
             (row["model"], row["batch"], row["drafter"], row["window"], row["gpus"], f"{row['projected_speedup']:.2f}x")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepDrafter,
         as_drafter,
     )
+    from free.parallel import RankError, WindowParallel
     from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
     from free.policies import Sampler
     from free.processes import ReverseProcess
@@ -57,6 +58,7 @@ __all__ = [
     "ModelDrafter",
     "NonFiniteOutputError",
     "PipelineCheck",
+    "RankError",
     "Relaxation",
     "ReverseProcess",
     "Sampler",
@@ -68,6 +70,7 @@ __all__ = [
     "Target",
     "TargetOutput",
     "UnsupportedPipelineError",
+    "WindowParallel",
     "WindowPlan",
     "__version__",
     "ancestral_sample",
@@ -95,6 +98,8 @@ _HOME = {
     "Situation": "free.drafters",
     "StepDrafter": "free.drafters",
     "as_drafter": "free.drafters",
+    "RankError": "free.parallel",
+    "WindowParallel": "free.parallel",
     "PipelineCheck": "free.pipelines",
     "Speculation": "free.pipelines",
     "UnsupportedPipelineError": "free.pipelines",
@@ -125,6 +130,7 @@ _ROOMS = (
     "demo",
     "drafters",
     "evaluation",
+    "parallel",
     "pipelines",
     "policies",
     "processes",

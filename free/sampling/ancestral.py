@@ -69,8 +69,11 @@ def step_on(
             "impl": impl,
         }
         drawn, x0 = (chain.seed, step, process.table), chain.x0
-        if x0 is None:
-            state = posterior(chain.state, output.output.flatten(1), *drawn, **given)
-        else:
-            state, x0 = posterior_with_memory(chain.state, output.output.flatten(1), x0, *drawn, **given)
+
+        def settle() -> tuple[torch.Tensor, torch.Tensor | None]:
+            if x0 is None:
+                return posterior(chain.state, output.output.flatten(1), *drawn, **given), None
+            return posterior_with_memory(chain.state, output.output.flatten(1), x0, *drawn, **given)
+
+        state, x0 = request.target.ranks.settled(settle)
     return replace(chain, step=chain.step + 1, state=state, x0=x0), output

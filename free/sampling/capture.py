@@ -46,13 +46,18 @@ def wants_capture(
 
     Raises:
         ValueError: ``capture`` is none of ``"auto"``, True and False, or True where there is no CUDA device or where the
-            relaxation asks the device.
+            relaxation asks the device or several processes evaluate the target.
     """
     if not (isinstance(capture, bool) or capture == "auto"):
         raise ValueError(f"capture is {capture!r}; allowed are 'auto', True and False")
     device = request.seed.device
     if capture is True and device.type != "cuda":
         raise ValueError(f"capture is True, but the model runs on {device}: a graph needs CUDA; use 'auto' or False")
+    if capture is True and request.target.ranks.size > 1:
+        raise ValueError(
+            "capture is True, but the model runs on several processes, which tell each other where they are from host to "
+            "host in each round: a graph has no place for that; use 'auto' or False"
+        )
     checked = relaxation is not None and not relaxation.capturable
     if capture is True and checked:
         raise ValueError(

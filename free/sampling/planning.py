@@ -74,14 +74,16 @@ def plan_window(
     if statistics is not None and statistics.steps != steps:
         raise ValueError(f"statistics is of {statistics.steps} steps; the process has {steps}")
     setup = Setup.of(request, drafter, WINDOWS[-1], impl)
-    with request.running(drafter, features=drafter.needs_features, compile=compile), drafter.running(compile=compile):
+    running = request.running(drafter, features=drafter.needs_features, compile=compile, impl=impl)
+    with running, drafter.running(compile=compile):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             tested, accepted = statistics.tested.astype(float), statistics.accepted.astype(float)
             experience = Experience(tested, accepted, keys=set(statistics.keys))
         else:
             experience = Experience.none(steps)
-        schedule = AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch)
+        seconds, ranks = round_seconds(setup, graphs), request.target.ranks
+        schedule = AutoWindow(seconds, experience, request.process, request.batch, ranks)
         if statistics is None:
             for _ in Run(setup, graphs).turns(schedule):
                 pass
@@ -100,7 +102,8 @@ def auto_window(setup: Setup, graphs: Graphs | None) -> Schedule:
     experience = remember(request.target, key, lambda: Experience.none(steps))
     if not experience.admit(keys):
         experience = Experience.none(steps)
-    schedule = AutoWindow(round_seconds(setup, graphs), experience, request.process, request.batch)
+    seconds, ranks = round_seconds(setup, graphs), request.target.ranks
+    schedule = AutoWindow(seconds, experience, request.process, request.batch, ranks)
     return schedule if len(set(keys)) == len(keys) else schedule.fixed(request.batch)
 
 
@@ -124,8 +127,9 @@ def round_seconds(setup: Setup, graphs: Graphs | None = None) -> RoundSeconds:
         setup.impl,
         graphs is not None,
         torch.get_num_threads(),
+        target.ranks.size,
     )
-    return remember(request.target, key, Measurements).latest(lambda: _measure(setup, graphs))
+    return remember(request.target, key, Measurements).latest(lambda: _measure(setup, graphs), target.ranks)
 
 
 def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
@@ -142,7 +146,7 @@ def _measure(setup: Setup, graphs: Graphs | None) -> RoundSeconds:
             # each from the first step, lest wide windows be timed near the end, where they are short
             account.add(*advance(live, setup, window, watch))
 
-    seconds = by_window(run, request.seed.device, setup.widest)
+    seconds = by_window(run, request.seed.device, setup.widest, request.target.ranks)
     if graphs is not None:
         graphs.account.reset()
     return RoundSeconds(request.batch * np.array(list(seconds), dtype=float), np.array(list(seconds.values())))

@@ -111,13 +111,17 @@ class Request:
         )
 
     @contextmanager
-    def running(self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False) -> Iterator[None]:
+    def running(
+        self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False, **settings: Any
+    ) -> Iterator[None]:
         """Within this context the target may be evaluated, on its own device, with features and compiled if asked for.
 
         Other threads that want to run the same model, or a model or drafter that ``drafter`` holds, wait until it ends.
+        Where several processes run the target together, ``settings`` are what else they must have been asked alike.
         """
         with ExitStack() as during:
             during.enter_context(exclusively(*shared_by(self.target, drafter), *([COMPILER] if compile else ())))
+            during.enter_context(self.target.ranks.call(self, drafter, features=features, compile=compile, **settings))
             during.enter_context(self.target.in_use())
             during.enter_context(on_device(self.seed))
             if features:

@@ -141,13 +141,15 @@ def speculative_sample(
     begin = time.perf_counter()
     bar = tqdm(total=request.batch * request.process.num_steps, disable=not progress, unit="step")
     relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
-    running = request.running(drafter, features=drafter.needs_features, compile=compile)
+    running = request.running(
+        drafter, features=drafter.needs_features, compile=compile, window=window, relaxation=relaxation, impl=impl
+    )
     with bar, running, drafter.running(compile=compile), relaxed:
         run = Run(setup, Graphs.of(setup) if captured else None)
         schedule = schedule or auto_window(setup, run.graphs)
         result = _Result(request, run.state, model, callback_on_step_end, return_trajectory)
         # with static shapes the host may be a round behind, unless somebody looks at every round
-        lag = 1 if setup.static_shapes and not (result.watched or progress) else 0
+        lag = 1 if setup.static_shapes and not request.target.ranks.any(result.watched or progress) else 0
         for turn in run.turns(schedule, lag):
             result.settle(turn)
             bar.update(int(turn.known.step.sum()) - bar.n)
@@ -194,7 +196,7 @@ def ancestral_sample(
     # the kernels make noise faster than they could read it, and a graph makes its own
     stored = resolve(impl, request.seed.device) == "reference" and not captured
     begin = time.perf_counter()
-    with request.running(compile=compile):
+    with request.running(compile=compile, impl=impl):
         graph = AncestralGraph.of(request, impl) if captured else None
         account = graph.account if graph else Account(stats.steps, request.seed)
         for k in tqdm(range(process.num_steps), disable=not progress, unit="step"):

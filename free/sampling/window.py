@@ -254,25 +254,32 @@ def settle(live: Live, setup: Setup, proposed: Proposed, output: TargetOutput) -
     process, situation, length = setup.request.process, proposed.situation, proposed.span.length
     states, draft_output = proposed.proposal
     output = _in_windows(output, proposed)  # [B, W, D]
-    tau, ledger = None, live.ledger
-    if setup.relaxation and ledger:
-        tau = ledger.tau(setup.relaxation, situation, proposed.proposal, output, proposed.span)  # [B, W-1]
-    verification = verify(
-        states,
-        output.output,
-        draft_output,
-        live.seed,
-        situation.step,
-        length,
-        process.table,
-        unconditional_output=output.unconditional,
-        guidance_scale=setup.request.guidance_scale,
-        noise=situation.noise,
-        uniforms=proposed.uniforms,
-        tau=tau,
-        previous_x0=live.x0,
-        impl=setup.impl,
-    )
+    ledger = live.ledger
+
+    def decide() -> tuple[Any, ...]:
+        tau = None
+        if setup.relaxation and ledger:
+            tau = ledger.tau(setup.relaxation, situation, proposed.proposal, output, proposed.span)  # [B, W-1]
+        verification = verify(
+            states,
+            output.output,
+            draft_output,
+            live.seed,
+            situation.step,
+            length,
+            process.table,
+            unconditional_output=output.unconditional,
+            guidance_scale=setup.request.guidance_scale,
+            noise=situation.noise,
+            uniforms=proposed.uniforms,
+            tau=tau,
+            previous_x0=live.x0,
+            impl=setup.impl,
+        )
+        return tau, *verification
+
+    tau, *decided = setup.request.target.ranks.settled(decide)
+    verification = Verification(*decided)
     if tau is not None and ledger:
         ledger = ledger.settle(tau, verification, live.seed, situation.step, proposed.uniforms, setup.impl)
     sound = finite(

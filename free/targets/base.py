@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from free.checks import check_count
+from free.targets.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from free.processes import ReverseProcess
@@ -52,6 +53,8 @@ class Target(ABC):
     """Whether a forward leaves the host out, so that it may be recorded as a CUDA graph: no read from the device, no random
     state, nothing that differs from call to call.
     """
+    ranks: Ranks = ALONE
+    """The processes that evaluate it together."""
 
     def __init__(self, model: Any, max_forward_batch: int | None = None) -> None:
         if max_forward_batch is not None:

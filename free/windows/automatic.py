@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from free.processes import ReverseProcess
+from free.targets.ranks import ALONE, Ranks
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan
 from free.windows.timing import RoundSeconds
 
@@ -111,12 +112,21 @@ class AutoWindow(Schedule):
         experience: of earlier runs, and of this one from here on.
         process: of the samples.
         batch: samples that the run begins with.
+        ranks: of the target: processes that go through the same rounds take the same windows, the first one's.
     """
 
     name = "auto"
 
-    def __init__(self, seconds: RoundSeconds, experience: Experience, process: ReverseProcess, batch: int) -> None:
+    def __init__(
+        self,
+        seconds: RoundSeconds,
+        experience: Experience,
+        process: ReverseProcess,
+        batch: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.widest = min(WINDOWS[-1], process.num_steps)
+        self._ranks = ranks
         self.seconds, self.experience = seconds, experience
         exact = process.exact_step.cpu().numpy()
         self._drafted = exact != np.arange(len(exact))
@@ -150,7 +160,7 @@ class AutoWindow(Schedule):
         if self._last is not None and rate[best] < _WORTHWHILE * rate[self._last]:
             best = self._last
         self._last = best
-        return int(self._windows[best])
+        return int(self._ranks.first(int(self._windows[best])))
 
     def learn(self, window: int, before: Known, after: Known) -> None:
         # the first window has no anchors: it says little of those to come
@@ -166,7 +176,7 @@ class AutoWindow(Schedule):
         step = np.arange(len(self._drafted))
         rounds = (1 / np.maximum(self._advance(step), 1.0)).sum(0)  # [M]
         rate = 1 / (rounds * self.seconds.at(batch * self._windows.astype(float)))
-        return FixedWindow(int(self._windows[_best(rate)]), self.name)
+        return FixedWindow(int(self._ranks.first(int(self._windows[_best(rate)]))), self.name)
 
     def plan(self, batch: int) -> WindowPlan:
         """The windows that it would take now, step by step."""

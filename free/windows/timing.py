@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from free.targets.ranks import ALONE, Ranks
 from free.windows.schedule import WINDOWS
 
 _REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
@@ -65,32 +66,33 @@ class Measurements:
         self._again = -float("inf")
         self._soon = list(_SOON)
 
-    def latest(self, measure: Callable[[], RoundSeconds]) -> RoundSeconds:
-        """What the last ones say together, after another one if it is time."""
+    def latest(self, measure: Callable[[], RoundSeconds], ranks: Ranks = ALONE) -> RoundSeconds:
+        """What the last ones say together, after another one if it is time for some of ``ranks``, who measure together."""
         begin = time.perf_counter()
-        if begin >= self._again:
+        if ranks.any(begin >= self._again):
             self._made.append(measure())
             end = time.perf_counter()
             self._again = end + (self._soon.pop(0) if self._soon else max(_PATIENCE * (end - begin), _SOON[-1]))
         return functools.reduce(RoundSeconds.least, self._made)
 
 
-def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> dict[int, float]:
+def by_window(run: Callable[[int], Any], device: torch.device, widest: int, ranks: Ranks = ALONE) -> dict[int, float]:
     """Seconds of ``run(window)`` for wider and wider windows, until wider ones are no cheaper a state.
 
     That takes two doublings in a row: a small network on a CPU may take twice the time for the second state, where it leaves
-    what was made for a single one, and next to none for the thirty after it.
+    what was made for a single one, and next to none for the thirty after it. Processes that run together go by what the
+    first of them measured.
     """
     taken: dict[int, float] = {}
     dear = 0
     for window in (window for window in WINDOWS if window <= widest):
         run(window)  # shapes that are met for the first time are slow
-        taken[window] = _timed(run, window, device)
+        taken[window] = _timed(run, window, device, ranks)
         # the narrower one takes turns with it: of a machine that is busy at times, neither sees more
         pair = (window, window // 2) if window > 1 else (window,)
         for _ in range(_REPEATS):
             for one in pair:
-                taken[one] = min(taken[one], _timed(run, one, device))
+                taken[one] = min(taken[one], _timed(run, one, device, ranks))
         # twice as wide goes less than twice as far
         dear = dear + 1 if window > 1 and taken[window] > 1.8 * taken[window // 2] else 0
         if dear == 2:
@@ -98,16 +100,17 @@ def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> d
     return taken
 
 
-def _timed(run: Callable[[int], Any], window: int, device: torch.device) -> float:
+def _timed(run: Callable[[int], Any], window: int, device: torch.device, ranks: Ranks) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for _ in range(_ROUNDS_ON_CUDA):
             run(window)
         torch.cuda.synchronize(device)
-        return (time.perf_counter() - begin) / _ROUNDS_ON_CUDA
-    # a single thread's own time is not stretched by what else the machine does
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        return ranks.first((time.perf_counter() - begin) / _ROUNDS_ON_CUDA)
+    # a single thread's own time is not stretched by what else the machine does; nor does it tell of a wait for others
+    alone = torch.get_num_threads() == 1 and ranks.size == 1
+    clock = time.thread_time if alone else time.perf_counter
     begin = clock()
     run(window)
-    return clock() - begin
+    return ranks.first(clock() - begin)

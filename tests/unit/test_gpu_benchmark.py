@@ -186,6 +186,7 @@ def test_gpu_rows_are_reported_with_device_batch_and_baseline() -> None:
     forwards = [{**common, "benchmark": "forward", "window": w, "seconds_median": 0.002 * w**0.5} for w in (1, 16)]
     share = {**common, "benchmark": "share of a round", "seconds_round": 0.01, "share_draft": 0.1, "share_outside": 0.02}
     projection = {**common, "benchmark": "projection", "batch": 1, "gpus": 4, "projected_speedup": 4.25}
+    projection |= {"link_bytes_per_second": 50e9}
     ways = [
         {
             **old,
@@ -210,6 +211,7 @@ def test_gpu_rows_are_reported_with_device_batch_and_baseline() -> None:
     assert "| DiT-XL/2 | 4 | 2.00 | - | - | 4.00 | - | - |" in text
     assert "| DiT-XL/2 | 4 | hold-x0 | 8 | 10.00 | 10.0% | 2.0% |" in text
     assert "A projection, not a measurement" in text
+    assert "over a link of 50 GB/s" in text
     assert "| DiT-XL/2 | 1 | hold-x0 | 8 | 4 | 4.25x |" in text
     assert text.count("Some GPU") >= 3
     assert "No rows" not in text
