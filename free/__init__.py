@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepDrafter,
         as_drafter,
     )
+    from free.parallel.engine import Engine
     from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
     from free.processes import ReverseProcess
     from free.sampling.loop import NonFiniteOutputError
@@ -45,6 +46,7 @@ __all__ = [
     "DiTTarget",
     "DraftedSteps",
     "Drafter",
+    "Engine",
     "FeatureDrafter",
     "Fresh",
     "Gains",
@@ -92,6 +94,7 @@ _HOME = {
     "Situation": "free.drafters",
     "StepDrafter": "free.drafters",
     "as_drafter": "free.drafters",
+    "Engine": "free.parallel.engine",
     "PipelineCheck": "free.pipelines",
     "Speculation": "free.pipelines",
     "UnsupportedPipelineError": "free.pipelines",
@@ -115,7 +118,19 @@ _HOME = {
     "calibrate": "free.training.calibration",
     "WindowPlan": "free.windows",
 }
-_ROOMS = ("data", "demo", "drafters", "evaluation", "pipelines", "processes", "sampling", "targets", "training", "windows")
+_ROOMS = (
+    "data",
+    "demo",
+    "drafters",
+    "evaluation",
+    "parallel",
+    "pipelines",
+    "processes",
+    "sampling",
+    "targets",
+    "training",
+    "windows",
+)
 
 
 def __getattr__(name: str) -> Any:

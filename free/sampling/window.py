@@ -118,9 +118,15 @@ class Round:
         return self.situation.step
 
 
-def first_window(setup: Setup, state: torch.Tensor) -> Live:
-    """All samples at step 0 in their initial states [B, D], with an empty memory."""
-    request = setup.request
+def first_window(setup: Setup, state: torch.Tensor, samples: Request | None = None) -> Live:
+    """All samples at step 0 in their initial states [B, D], with an empty memory.
+
+    Args:
+        setup: of the run.
+        state: float32 [B, D].
+        samples: those that begin, to join others of the setup's; left out, all of the setup's request begin.
+    """
+    request = samples or setup.request
     seed = request.seed
     batch, numel = state.shape
     index = torch.arange(batch, device=seed.device)
@@ -132,7 +138,7 @@ def first_window(setup: Setup, state: torch.Tensor) -> Live:
         feature = zeros.new_zeros(batch, setup.widest, tokens, width, dtype=request.target.dtype)
     last = LastWindow(step, torch.ones_like(step), zeros, zeros, zeros if request.guided else None, feature)
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
-    noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
+    noise = NoiseWindow.empty(seed, setup.widest, numel, setup.request.batch) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
     x0 = None if request.process.memory is None else torch.zeros_like(state)
     memory = setup.drafter.begin(last, request.sample_shape)

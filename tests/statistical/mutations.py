@@ -162,7 +162,7 @@ def _counted_keys() -> Any:
 
         return planted
 
-    return replaced("free.sampling.request", "_check_seeds", make)
+    return replaced("free.sampling.request", "check_seeds", make)
 
 
 def _later_feature() -> Any:
