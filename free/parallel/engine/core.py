@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free.checks import check_count
+from free.checks import check_count, is_int
 from free.drafters import Drafter, as_drafter
 from free.parallel.engine.alike import check_alike, own
 from free.parallel.engine.batch import Batch, Row, refill, rows_together
@@ -132,12 +132,14 @@ class Engine:
         Raises:
             ValueError: a wrong argument, or one unlike those of the requests in the engine, named; nothing else is changed.
         """
-        keys = check_seeds(seed, generator, 1)
+        if seed is not None and not is_int(seed):
+            raise ValueError(f"seed is {seed!r}; allowed is an int, as a request is of one sample")
+        key, *_ = check_seeds(seed, generator, 1)
         given: dict[str, Any] = {"class_labels": class_labels, "conditioning": conditioning, "latents": latents}
-        options = replace(self._common, num_samples=1, seed=keys, **given)
+        options = replace(self._common, num_samples=1, seed=key, **given)
         request = check_samples(self.target, self.process, self._guidance_scale, options)
         wants_capture(self._capture, request, self.drafter, self._relaxation)
-        if isinstance(self._schedule, WindowPlan) and not self._schedule.keys.isdisjoint(keys):
+        if self._schedule and key in self._schedule.keys:
             raise ValueError(
                 "window is a plan that was made from statistics of a sample of the same seed: it has seen its noise, and "
                 "would bias it; allowed are other seeds, or a plan that was made without statistics"
@@ -148,7 +150,7 @@ class Engine:
                 check_alike(request, self._alike)
             else:
                 self._alike = request
-            handle = Handle(self._added, keys[0], self.stats.rounds, self._cancel)
+            handle = Handle(self._added, key, self.stats.rounds, self._cancel)
             self._added += 1
             self._queue[handle] = request
         return handle
@@ -291,6 +293,8 @@ class Engine:
                     self.stats.finished += 1
         if not self._under_way():
             self._batch = self._rounds = None
+            if not self.unfinished:
+                self._keys.emptied()
 
     def _error(self, row: Row, handle: Handle, step: int) -> NonFiniteOutputError:
         model, _ = row.broke

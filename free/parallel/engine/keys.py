@@ -21,10 +21,13 @@ class Keys:
     def __init__(self) -> None:
         self._met: set[int] = set()
 
+    def emptied(self) -> None:
+        """Nothing is waiting or under way."""
+        if len(self._met) >= MOST_KEYS:
+            self._met.clear()
+
     def meet(self, joining: Sequence[Handle], under_way: Sequence[Handle]) -> None:
         """Requests take slots beside those that are ``under_way``."""
-        if not under_way and len(self._met) >= MOST_KEYS:
-            self._met.clear()
         for i, handle in enumerate(joining):
             if handle.seed in self._met or len(self._met) >= MOST_KEYS:
                 handle.of_all = True
