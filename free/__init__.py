@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         as_drafter,
     )
     from free.parallel import RankError, WindowParallel
+    from free.parallel.engine import Engine
     from free.pipelines import PipelineCheck, Speculation, UnsupportedPipelineError, check_pipeline, speculate
     from free.policies import Sampler
     from free.processes import ReverseProcess
@@ -47,6 +48,7 @@ __all__ = [
     "DiTTarget",
     "DraftedSteps",
     "Drafter",
+    "Engine",
     "FeatureDrafter",
     "Fresh",
     "Gains",
@@ -100,6 +102,7 @@ _HOME = {
     "as_drafter": "free.drafters",
     "RankError": "free.parallel",
     "WindowParallel": "free.parallel",
+    "Engine": "free.parallel.engine",
     "PipelineCheck": "free.pipelines",
     "Speculation": "free.pipelines",
     "UnsupportedPipelineError": "free.pipelines",

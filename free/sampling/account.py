@@ -28,6 +28,12 @@ class Account:
         self.memory.zero_()
         self.progress[2:].fill_(self.num_steps)
 
+    def begin_anew(self, index: torch.Tensor) -> None:
+        """Of the samples at ``index`` (int64 [N]) nothing was done yet: others have taken their places."""
+        self.progress[:2, index] = 0
+        self.progress[2:, index] = self.num_steps
+        self.spent[index] = 0
+
     def add(self, live: Live, done: Round) -> None:
         """Enter a round that brought the samples to ``live``."""
         verification = done.verification
@@ -73,11 +79,19 @@ class Report:
             self._arrived.record()
 
     def read(self) -> Known:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        progress, by_step, _ = _parts(self._memory.numpy(), self._num_steps, np.float64)
+        progress, by_step, _ = self._arrived_parts()
         tested, accepted, _ = by_step.T
         return Known(progress[0], progress[1], progress[2:], tested, accepted)
+
+    def spent(self) -> np.ndarray:
+        """float64 [B, 3]: each sample's excess acceptance, divergence and saved rejections."""
+        spent: np.ndarray = self._arrived_parts()[2]
+        return spent
+
+    def _arrived_parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return _parts(self._memory.numpy(), self._num_steps, np.float64)
 
 
 def _parts(memory: Any, num_steps: int, float64: Any) -> tuple[Any, Any, Any]:

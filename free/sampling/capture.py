@@ -187,9 +187,11 @@ class Graphs:
         # the calls that warm up are of finished samples, which leaves all but the last window as it is
         before = buffers.clone()
         buffers.step.fill_(request.process.num_steps)
-        recording = Recording(one_round, self._kept.pool)
+        try:
+            recording = Recording(one_round, self._kept.pool)
+        finally:
+            assign(buffers, before)
         self._kept.held |= _read_by_graphs(request, setup.drafter, setup.reach)
-        assign(buffers, before)
         return recording
 
 

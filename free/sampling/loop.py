@@ -123,7 +123,7 @@ class Run:
     def release(self) -> None:
         """Let the finished samples go."""
         num_steps, live = self.setup.request.process.num_steps, self.live
-        rows = _rows_to_keep(int((self.known.step < num_steps).sum()), len(live.index), self.setup.static_shapes)
+        rows = rows_to_keep(int((self.known.step < num_steps).sum()), len(live.index), self.setup.static_shapes)
         if rows < len(live.index):
             self.state[live.index] = live.state
             self.live = live.keep((live.step >= num_steps).int().argsort(stable=True)[:rows])
@@ -163,6 +163,6 @@ def _may_be_finished(step: np.ndarray, under_way: deque[tuple[int, Report]], num
     return int(step.min()) + sum(window for window, _ in under_way) >= num_steps
 
 
-def _rows_to_keep(unfinished: int, rows: int, static_shapes: bool) -> int:
+def rows_to_keep(unfinished: int, rows: int, static_shapes: bool) -> int:
     """The unfinished samples; with static shapes as many as the power of two that holds them, so that shapes are few."""
     return min(rows, 1 << (unfinished - 1).bit_length()) if static_shapes and unfinished else unfinished

@@ -29,8 +29,9 @@ class NoiseWindow:
     """int64 [B]: steps below this one are in the ring, or were."""
 
     @classmethod
-    def empty(cls, seed: torch.Tensor, widest: int, numel: int) -> NoiseWindow:
-        affordable = _NUMBERS_AHEAD // (len(seed) * numel)
+    def empty(cls, seed: torch.Tensor, widest: int, numel: int, batch: int | None = None) -> NoiseWindow:
+        """Of samples that are, or will be, among ``batch`` of them; left out, they are all."""
+        affordable = _NUMBERS_AHEAD // ((batch or len(seed)) * numel)
         capacity = max(widest, min(_STEPS_AHEAD, affordable))
         noise = torch.empty(len(seed), capacity, numel, dtype=torch.float32, device=seed.device)
         return cls(noise, torch.empty_like(noise[..., 0]), torch.zeros_like(seed))

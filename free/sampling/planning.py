@@ -18,7 +18,18 @@ from free.sampling.memory import remember
 from free.sampling.request import DEFAULT_STEPS, Options, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
-from free.windows import WINDOWS, AutoWindow, Experience, Measurements, RoundSeconds, Schedule, WindowPlan, by_window
+from free.targets.base import take_rows
+from free.windows import (
+    WINDOWS,
+    AutoWindow,
+    Experience,
+    LoadWindow,
+    Measurements,
+    RoundSeconds,
+    Schedule,
+    WindowPlan,
+    by_window,
+)
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -105,6 +116,29 @@ def auto_window(setup: Setup, graphs: Graphs | None) -> Schedule:
     seconds, ranks = round_seconds(setup, graphs), request.target.ranks
     schedule = AutoWindow(seconds, experience, request.process, request.batch, ranks)
     return schedule if len(set(keys)) == len(keys) else schedule.fixed(request.batch)
+
+
+def load_window(setup: Setup, graphs: Graphs | None) -> LoadWindow:
+    """The window that is expected to settle most steps a second, for 1, 2, 4 … B samples under way at a time.
+
+    Made of rounds that are timed and of a pilot run of the setup's B samples, under keys of a root of their own: it has seen
+    no sample's noise. ``graphs``, if given, are replayed, and their account is empty afterwards.
+    """
+    request = setup.request.pilot()
+    setup = replace(setup, request=request)
+    batch, process = request.batch, request.process
+    learned = AutoWindow(round_seconds(setup, graphs), Experience.none(process.num_steps), process, batch)
+    for _ in Run(setup, graphs).turns(learned):
+        pass
+    windows = {}
+    for samples in sorted({*(1 << power for power in range(batch.bit_length())), batch}):
+        rows = torch.arange(samples, device=request.seed.device)
+        few = replace(request, seed=request.seed[rows], conditioning=take_rows(request.conditioning, rows), latents=None)
+        seconds = round_seconds(replace(setup, request=few), graphs)
+        windows[samples] = AutoWindow(seconds, learned.experience, process, samples).fixed(samples).widest
+    if graphs is not None:
+        graphs.account.reset()
+    return LoadWindow(windows, batch)
 
 
 def round_seconds(setup: Setup, graphs: Graphs | None = None) -> RoundSeconds:

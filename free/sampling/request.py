@@ -97,7 +97,7 @@ class Request:
             _check_alike(name, value, self.conditioning[name])
         if latents is not None:
             _check_latents(latents)
-            _check_shape(self.target, self.sample_shape, latents)
+            check_shape(self.target, self.sample_shape, latents)
         counts = {"conditioning": count, "seed": _seed_count(seed), "latents": None if latents is None else len(latents)}
         counts["generator"] = len(generator) if isinstance(generator, (list, tuple)) else None
         for name, given in counts.items():
@@ -106,7 +106,7 @@ class Request:
         return replace(
             self,
             conditioning=_on(device, checked),
-            seed=torch.tensor(_check_seeds(seed, generator, batch), dtype=torch.int64, device=device),
+            seed=torch.tensor(check_seeds(seed, generator, batch), dtype=torch.int64, device=device),
             latents=None if latents is None else latents.to(device, torch.float32).flatten(1),
         )
 
@@ -170,6 +170,11 @@ def check_request(model: Any, options: Options) -> Request:
         ValueError: a wrong argument, named, with what was given and what is allowed.
         TypeError: a model that is none of those allowed.
     """
+    return check_samples(*check_model(model, options), options)
+
+
+def check_model(model: Any, options: Options) -> tuple[Target, ReverseProcess, float]:
+    """What the samples of a call share: target, process and guidance scale. Errors as of :func:`check_request`."""
     target = as_target(model)
     target.check_ready()
     callback = options.callback_on_step_end
@@ -183,8 +188,18 @@ def check_request(model: Any, options: Options) -> Request:
             f"{(target.sample_shape or (0,))[0]} channels, as latents do, which go beyond: give a scheduler with "
             "clip_sample=False, unless the model was trained so",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+    return target, process, guidance_scale
+
+
+@on_cpu
+def check_samples(target: Target, process: ReverseProcess, guidance_scale: float, options: Options) -> Request:
+    """The samples that are asked for of a checked model; asks nothing of the model, which may be running.
+
+    Raises:
+        ValueError: as of :func:`check_request`.
+    """
     latents, num_samples = options.latents, options.num_samples
     if latents is not None:
         _check_latents(latents)
@@ -210,7 +225,7 @@ def check_request(model: Any, options: Options) -> Request:
     if batch < 1:
         raise ValueError(f"{next(iter(counts))} is empty; at least one sample must be asked for")
 
-    sample_shape = _check_shape(target, options.shape, latents)
+    sample_shape = check_shape(target, options.shape, latents)
     device = _device(target, latents, checked)
     resolve(options.impl, device)
     return Request(
@@ -219,7 +234,7 @@ def check_request(model: Any, options: Options) -> Request:
         _on(device, checked),
         guidance_scale,
         sample_shape,
-        torch.tensor(_check_seeds(options.seed, options.generator, batch), dtype=torch.int64, device=device),
+        torch.tensor(check_seeds(options.seed, options.generator, batch), dtype=torch.int64, device=device),
         None if latents is None else latents.to(device, torch.float32).flatten(1),
     )
 
@@ -275,7 +290,7 @@ def _check_process(
     return target.default_process(num_inference_steps)
 
 
-def _check_shape(target: Target, shape: Sequence[int] | None, latents: torch.Tensor | None) -> tuple[int, ...]:
+def check_shape(target: Target, shape: Sequence[int] | None, latents: torch.Tensor | None) -> tuple[int, ...]:
     """The shape of one sample, on which the model, ``shape`` and ``latents`` must agree."""
     if shape is not None:
         given, shape = shape, tuple(shape) if hasattr(shape, "__iter__") else ()
@@ -310,7 +325,7 @@ def _seed_count(seed: Any) -> int | None:
         raise ValueError(f"seed is {seed!r}; allowed is an int, or one int a sample") from None
 
 
-def _check_seeds(
+def check_seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[int]:
     """One 64-bit key a sample, as signed integers."""

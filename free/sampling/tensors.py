@@ -25,6 +25,27 @@ def map_tensors(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
     return result
 
 
+def append(value: T, more: T) -> T:
+    """The rows of ``value``, then those of ``more``: of a conditioning the tensors with a row a sample, the rest is kept.
+
+    Windows of ``more`` may have more columns than those of ``value``, which are left out.
+
+    Raises:
+        TypeError: the two are not alike.
+    """
+    result: Any = value
+    if isinstance(value, torch.Tensor) and isinstance(more, torch.Tensor):
+        columns = (slice(None), *map(slice, value.shape[1:]))
+        result = torch.cat((value, more[columns].to(value)))
+    elif isinstance(value, dict) and isinstance(more, dict):
+        result = {name: append(entry, more[name]) if has_rows(entry) else entry for name, entry in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type) and type(value) is type(more):
+        result = type(value)(*(append(getattr(value, entry.name), getattr(more, entry.name)) for entry in fields(value)))
+    elif value is not None or more is not None:
+        raise TypeError(f"a {type(more).__name__} cannot follow a {type(value).__name__}: both are of the same samples")
+    return result
+
+
 def assign(into: Any, value: Any) -> None:
     """Write every tensor into its counterpart, where a window may have more columns than are written.
 

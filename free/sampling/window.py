@@ -118,13 +118,19 @@ class Round:
         return self.situation.step
 
 
-def first_window(setup: Setup, state: torch.Tensor, guess: torch.Tensor | None = None) -> Live:
+def first_window(
+    setup: Setup, state: torch.Tensor, guess: torch.Tensor | None = None, samples: Request | None = None
+) -> Live:
     """All samples at step 0 in their initial states [B, D], with an empty memory.
 
-    ``guess`` float32 [B, D] is an estimate of the samples that the first window's drafts lean on, in place of zero; it may
-    have seen no noise of these samples' keys.
+    Args:
+        setup: of the run.
+        state: float32 [B, D].
+        guess: float32 [B, D], an estimate of the samples that the first window's drafts lean on, in place of zero; it may
+            have seen no noise of these samples' keys.
+        samples: those that begin, to join others of the setup's; left out, all of the setup's request begin.
     """
-    request = setup.request
+    request = samples or setup.request
     seed = request.seed
     batch, numel = state.shape
     index = torch.arange(batch, device=seed.device)
@@ -141,7 +147,7 @@ def first_window(setup: Setup, state: torch.Tensor, guess: torch.Tensor | None =
         output[:, 0] = guess / request.process.x0_model_coef[0]
     last = LastWindow(step, torch.ones_like(step), zeros, output, output if request.guided else None, feature)
     stored = resolve(setup.impl, seed.device) == "reference" and not setup.static_shapes
-    noise = NoiseWindow.empty(seed, setup.widest, numel) if stored else None
+    noise = NoiseWindow.empty(seed, setup.widest, numel, setup.request.batch) if stored else None
     ledger = Ledger.empty(batch, seed.device) if setup.relaxation else None
     x0 = None if request.process.memory is None else torch.zeros_like(state)
     memory = setup.drafter.begin(last, request.sample_shape)

@@ -1,6 +1,7 @@
 """How wide a window each round takes: given, planned, or chosen on the way."""
 
 from free.windows.automatic import AutoWindow, Experience, expected_advance
+from free.windows.load import LoadWindow, check_load
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan, check_window, schedule_of
 from free.windows.timing import Measurements, RoundSeconds, by_window
 
@@ -10,11 +11,13 @@ __all__ = [
     "Experience",
     "FixedWindow",
     "Known",
+    "LoadWindow",
     "Measurements",
     "RoundSeconds",
     "Schedule",
     "WindowPlan",
     "by_window",
+    "check_load",
     "check_window",
     "expected_advance",
     "schedule_of",

@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from tests.statistical import keys
+from tests.statistical import engine, keys
 from tests.statistical.cases import CASES, RELAXED
 from tests.statistical.certificate import certificate
 from tests.statistical.chains import chain
@@ -42,4 +42,5 @@ CHECKS: dict[str, Callable[[], PValues]] = {
     **{f"chain: {name}": functools.partial(chain, name) for name in CASES},
     **{f"certificate: {name}": functools.partial(certificate, name) for name in RELAXED},
     **keys.CHECKS,
+    **engine.CHECKS,
 }

@@ -162,7 +162,7 @@ def _counted_keys() -> Any:
 
         return planted
 
-    return replaced("free.sampling.request", "_check_seeds", make)
+    return replaced("free.sampling.request", "check_seeds", make)
 
 
 def _later_feature() -> Any:
@@ -276,6 +276,21 @@ def _memory_of_the_next_step(original: Callable[..., Any], call: dict[str, Any])
     row, last = torch.arange(len(x0)), x0.shape[1] - 1
     later = x0[row, outcome.advance.clamp(max=last)]
     return outcome._replace(x0=torch.where(outcome.rejected[:, None], later, outcome.x0))
+
+
+def _key_of_the_first() -> Any:
+    """Whoever takes a slot of an engine draws with the key of the first sample that was in it."""
+    keys: dict[int, torch.Tensor] = {}
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def planted(samples: Any, slots: list[int], setup: Any) -> Any:
+            fresh = original(samples, slots, setup)
+            seed = torch.stack([keys.setdefault(slot, key) for slot, key in zip(slots, fresh.seed, strict=True)])
+            return dataclasses.replace(fresh, seed=seed)
+
+        return planted
+
+    return replaced("free.parallel.engine.batch", "_begin", make)
 
 
 def _knowledge(change: Callable[[inspect.BoundArguments, Callable[..., Any]], Any]) -> Callable[[], Any]:
@@ -400,5 +415,10 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "auto pools rows of one key": Mutation(
         method("free.windows:AutoWindow", "fixed", lambda schedule, batch: schedule), ("keys: auto, a key in two rows",)
+    ),
+    "an engine's slot keeps its first key": Mutation(_key_of_the_first, ("engine: refilled slots",)),
+    "the load chooses for a key that was met": Mutation(
+        method("free.parallel.engine.keys:Keys", "meet", lambda keys, joining, under_way: None),
+        ("engine: a key in two slots, by load",),
     ),
 }

@@ -1,0 +1,40 @@
+"""What requests that share a batch must have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from free.sampling.likeness import alike
+from free.sampling.request import Request
+from free.targets.base import has_rows
+
+
+def own(request: Request) -> Request:
+    """The same in memory of its own: the caller may write to what was given."""
+    conditioning = {name: value.clone() if has_rows(value) else value for name, value in request.conditioning.items()}
+    latents = None if request.latents is None else request.latents.clone()
+    return replace(request, conditioning=conditioning, latents=latents)
+
+
+def check_alike(request: Request, others: Request) -> None:
+    """Raise a ValueError unless a request can share a batch with ``others``."""
+    if request.sample_shape != others.sample_shape:
+        raise ValueError(f"latents are of samples {request.sample_shape}; those in the engine are {others.sample_shape}")
+    if request.seed.device != others.seed.device:
+        raise ValueError(f"latents or conditioning are on {request.seed.device}; the engine's are on {others.seed.device}")
+    given, expected = request.conditioning, others.conditioning
+    if set(given) != set(expected):
+        raise ValueError(f"conditioning has {sorted(given)}; that of the requests in the engine has {sorted(expected)}")
+    for name, value in given.items():
+        other = expected[name]
+        if has_rows(value) and has_rows(other):
+            if (value.shape, value.dtype) != (other.shape, other.dtype):
+                raise ValueError(
+                    f"conditioning {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}; that of the requests in "
+                    f"the engine has {tuple(other.shape)} and {other.dtype}"
+                )
+        elif value is not other and alike(value) != alike(other):
+            raise ValueError(
+                f"conditioning {name!r} is {value!r:.60}, which has no row a sample and so is the same for all; that of the "
+                f"requests in the engine is {other!r:.60}"
+            )
