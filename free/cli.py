@@ -142,15 +142,22 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
     )
+    left_out = argparse.SUPPRESS  # what was not said is not passed on
     compare.add_argument(
-        "--drafters",
-        nargs="+",
-        default=["gains", "hold-x0"],
-        metavar="DRAFTER",
-        help="names, or folders of learned ones",
+        "--samplers", nargs="+", default=left_out, metavar="SAMPLER",
+        help="such as ddpm:250 2m-sde:15 2m-ode:10, instead of --steps: distance from --data over rounds",
+    )  # fmt: skip
+    compare.add_argument(
+        "--drafters", nargs="+", default=left_out, metavar="DRAFTER",
+        help="names, or folders of learned ones (default: gains hold-x0)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--windows", nargs="+", type=_positive, default=left_out, metavar="W",
+        help="windows (default: 2 4 8 16 32 64; 8 of samplers)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--steps", nargs="+", type=_positive, default=left_out, metavar="S", help="denoising steps (default: 50 250)"
     )
-    compare.add_argument("--windows", nargs="+", type=_positive, default=[2, 4, 8, 16, 32, 64], metavar="W", help="windows")
-    compare.add_argument("--steps", nargs="+", type=_positive, default=[50, 250], metavar="S", help="denoising steps")
     compare.add_argument("--guidance-scales", nargs="+", type=float, default=[1.5], metavar="SCALE", help="1 is no guidance")
     compare.add_argument(
         "--variance", nargs="+", default=["posterior"], metavar="NAME",

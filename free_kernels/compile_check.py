@@ -261,6 +261,9 @@ def _launch_gains(dtype: torch.dtype, table: StepTable, cut: tuple[int, int, int
     known, output = (states, states, sums, index, index), states.to(dtype)
     learn_gains.learn_gains(states, output, index, index, *known, table, scales, patches, (0.5, 0.5), output, 1.5)
     gain_correction.gain_correction(states, index, *known, table, scales, patches, 0.1)
+    if table.clip_range is None:
+        remembers = table._replace(memory_gain=table.std)
+        gain_correction.gain_correction(states, index, *known, remembers, scales, patches, 0.1)
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             correction, _ = self.predict(state, step, anchor, label_embedding, process)
             if self.base is None:
                 correction = correction - anchor.hold_x0(state, step, process)
-            proposal = hold(situation, "hold-x0", correction.unflatten(0, steps.shape))
+            proposal = hold(situation, "hold-x0", correction.unflatten(0, steps.shape), effective=False)
         return proposal
 
 

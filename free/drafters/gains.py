@@ -46,7 +46,7 @@ class Gains(Drafter):
         return GainMemory(zeros, zeros.clone(), zeros.new_zeros(*zeros.shape[:2], 2, 2, bands))
 
     def propose(self, situation: Situation) -> Proposal:
-        held = hold(situation, "hold-x0")
+        held = hold(situation, "hold-x0", effective=False)
         if situation.window == 1:
             return held
         memory, last, process = situation.memory, situation.last, situation.process
@@ -64,7 +64,7 @@ class Gains(Drafter):
             ridge=_RIDGE,
             impl=situation.impl,
         )
-        return hold(situation, "hold-x0", correction)
+        return hold(situation, "hold-x0", correction, effective=False)
 
     def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
         memory, last, process = situation.memory, situation.last, situation.process

@@ -8,12 +8,13 @@ from free.drafters.base import Drafter, Situation
 from free_kernels import Proposal, propose
 
 
-def hold(situation: Situation, draft: str, correction: torch.Tensor | None = None) -> Proposal:
+def hold(situation: Situation, draft: str, correction: torch.Tensor | None = None, *, effective: bool = True) -> Proposal:
     """The window that holds what the last one knew: ``draft`` is of :data:`free_kernels.HOLD_DRAFTS`, ``correction``
     [B, W-1, D] is added to the drafts.
 
-    What is held stands for the effective output of a process of second order: at the few steps that such a process is for,
-    guessing the change of x0 from what is held saves no rejection. A corrected draft is a guess of the output itself.
+    Of a process of second order what is held stands for the effective output if ``effective``: at the few steps that such a
+    process is for, guessing the change of x0 from what is held saves no rejection. If not, it stands for the output itself,
+    as a corrected draft should: those that answer to their states know how x0 changes.
     """
     last = situation.last
     return propose(
@@ -28,7 +29,7 @@ def hold(situation: Situation, draft: str, correction: torch.Tensor | None = Non
         situation.process.table,
         draft=draft,
         correction=correction,
-        previous_x0=None if correction is None else situation.x0,
+        previous_x0=None if effective else situation.x0,
         unconditional_anchor_outputs=last.unconditional,
         guidance_scale=situation.guidance_scale,
         noise=situation.noise,

@@ -11,11 +11,13 @@ from tqdm.auto import tqdm
 from free.checks import check_number
 from free.data.digits import weights_path
 from free.drafters.loading import drafter_of
-from free.evaluation.configuration import Configuration, Contender, key, label
+from free.evaluation.configuration import STEP_BY_STEP, Configuration, Contender, key, label
 from free.evaluation.measure import learned_tensors, measure
+from free.evaluation.pareto import draw_samplers, sampler_table
 from free.evaluation.quality import Judge, load_data
 from free.evaluation.report import draw, draw_quality, table
 from free.evaluation.rows import append_row, environment, read_rows
+from free.evaluation.samplers import Sampler, sampler_of
 from free.outputs import check_figure, check_file
 from free.processes import VARIANCES, ReverseProcess
 from free.sampling.relaxation import Relaxation
@@ -24,13 +26,18 @@ from free.targets.loading import default_device, fingerprint, load_target
 DEFAULT_RESULTS = Path("benchmarks/results/compare.jsonl")
 """Where the rows go if the caller names no file and is in a checkout."""
 
+DEFAULT_DRAFTERS = ("gains", "hold-x0")
+DEFAULT_WINDOWS = (2, 4, 8, 16, 32, 64)
+DEFAULT_STEPS = (50, 250)
+
 
 def compare(
     *,
     model: Path | None = None,
-    drafters: Sequence[str] = ("gains", "hold-x0"),
-    windows: Sequence[int] = (2, 4, 8, 16, 32, 64),
-    steps: Sequence[int] = (50, 250),
+    samplers: Sequence[str] | None = None,
+    drafters: Sequence[str] | None = None,
+    windows: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] = (1.5,),
     variance: Sequence[str] = ("posterior",),
     stochasticity: Sequence[float] = (1.0,),
@@ -53,9 +60,12 @@ def compare(
 
     Args:
         model: a folder saved by ``DiTTransformer2DModel.save_pretrained``; the package's digits DiT if left out.
-        drafters: words that :func:`drafter_of` takes.
-        windows: W, each at least 1 (which is the ancestral sampler).
-        steps: S.
+        samplers: words that :func:`sampler_of` takes, instead of ``steps``, ``variance``, ``stochasticity`` and
+            ``relaxation``: each is drawn step by step, and one with noise by every drafter and window above 1 too. They are
+            judged by ``data``; table and figure are their distance from it over rounds.
+        drafters: words that :func:`drafter_of` takes; gains and hold-x0 if left out.
+        windows: W, each at least 1 (which is the ancestral sampler); 2 to 64 by powers of two if left out, 8 of samplers.
+        steps: S; 50 and 250 if left out.
         guidance_scales: each at least 1 (none).
         variance: of the process, names that :meth:`free.ReverseProcess.ddpm` takes, or ``"learned"``, the model's own as
             :func:`free.average_learned_variance` makes it.
@@ -86,7 +96,10 @@ def compare(
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the figure needs {error.name}: pip install 'free-dit[demo]'") from error
-    drafters, windows, steps = _distinct("drafters", drafters), _distinct("windows", windows), _distinct("steps", steps)
+    named = _named(samplers, drafters, steps, data, variance, stochasticity, relaxation)
+    drafters = _distinct("drafters", DEFAULT_DRAFTERS if drafters is None else drafters)
+    windows = _distinct("windows", (DEFAULT_WINDOWS if samplers is None else (8,)) if windows is None else windows)
+    steps = _distinct("steps", DEFAULT_STEPS if steps is None else steps)
     guidance_scales = [float(scale) for scale in _distinct("guidance_scales", guidance_scales)]
     for name, values in {"windows": windows, "samples": [samples], "batch_size": [batch_size]}.items():
         for value in values:
@@ -153,6 +166,8 @@ def compare(
         for window in windows
         for one in (relaxations if window > 1 else [Relaxation(0.0)])
     ]
+    if named is not None:
+        configurations = _of_samplers(named, guidance_scales, contenders, windows)
     with tqdm(total=len(configurations) * samples, disable=not progress, unit="sample") as bar:
         for configuration in configurations:
             bar.set_description(configuration.title)
@@ -164,10 +179,56 @@ def compare(
             else:
                 bar.update(samples)
             rows.append(row)
-    print(table(rows))
-    (draw if judge is None else draw_quality)(rows, output)
+    if named is not None:
+        print(sampler_table(rows))
+        draw_samplers(rows, output)
+    else:
+        print(table(rows))
+        (draw if judge is None else draw_quality)(rows, output)
     print(f"\nfigure: {output}" + (f"\nrows: {results}" if results is not None else ""))
     return rows
+
+
+def _named(
+    words: Sequence[str] | None,
+    drafters: Sequence[str] | None,
+    steps: Sequence[int] | None,
+    data: str | None,
+    variance: Sequence[str],
+    stochasticity: Sequence[float],
+    relaxation: Sequence[float],
+) -> list[Sampler] | None:
+    """The samplers that were asked for by name, or None; what does not go with them is refused."""
+    if words is None:
+        return None
+    named = list(dict.fromkeys(sampler_of(word) for word in _distinct("samplers", words)))
+    unsaid = {
+        "steps": steps is None,
+        "variance": list(variance) == ["posterior"],
+        "stochasticity": list(stochasticity) == [1],
+        "relaxation": list(relaxation) == [0],
+    }
+    for name, left_out in unsaid.items():
+        if not left_out:
+            raise ValueError(f"{name} is given with samplers, which say themselves what is sampled, exactly: leave it out")
+    if data is None:
+        raise ValueError("samplers are judged by real data, and data is None; give 'digits' or a .npz file")
+    if drafters is not None and all(sampler.deterministic for sampler in named):
+        raise ValueError(f"drafters is {list(drafters)}, but every sampler is deterministic: there is nothing to draft")
+    return named
+
+
+def _of_samplers(
+    named: Sequence[Sampler], guidance_scales: Sequence[float], contenders: Sequence[Contender], windows: Sequence[int]
+) -> list[Configuration]:
+    """Each step by step, and by every drafter and window if it draws noise."""
+    ways = [(contender, window) for contender in contenders for window in windows if window > 1]
+    return [
+        Configuration(scale, sampler.steps, "posterior", 1.0, contender, window, Relaxation(0.0), sampler)
+        for sampler in named
+        for scale in (guidance_scales if sampler.guidance_scale is None else [sampler.guidance_scale])
+        for contender, window in [(STEP_BY_STEP, 1), *([] if sampler.deterministic else ways)]
+    ]
 
 
 def _distinct(name: str, values: Sequence[Any]) -> list[Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from free.drafters import Drafter
+from free.drafters import Drafter, HoldX0
 from free.drafters.loading import FRESH
+from free.evaluation.samplers import Sampler
 from free.processes import ReverseProcess
 from free.sampling.relaxation import Relaxation
 from free.sampling.variance import average_learned_variance
@@ -34,6 +35,7 @@ _KEY = (
     "uncertainty",
     "budget",
     "data_fingerprint",
+    "sampler",
 )
 # of rows that were written before these could be chosen
 _USUAL = {"variance": "posterior", "stochasticity": 1.0, "strength": 0.0}
@@ -53,6 +55,10 @@ class Contender:
         return digest(self.learned) if self.learned else None
 
 
+STEP_BY_STEP = Contender("ancestral", HoldX0(), [])
+"""Of a window of 1, which drafts nothing."""
+
+
 @dataclass(frozen=True)
 class Configuration:
     """What one row measures."""
@@ -64,15 +70,20 @@ class Configuration:
     contender: Contender
     window: int
     relaxation: Relaxation
+    sampler: Sampler | None = None
+    """Instead of the DDPM of these steps, variance and stochasticity."""
 
     @property
     def title(self) -> str:
+        if self.sampler is not None:
+            return f"{self.sampler.word}, {self.contender.word}, W={self.window}, guidance {self.guidance_scale:g}"
         relaxed = f", strength {self.relaxation.strength:g}" if self.relaxation.strength else ""
         return f"{self.contender.word}, W={self.window}, S={self.steps}, guidance {self.guidance_scale:g}{relaxed}"
 
     def row(self) -> dict[str, Any]:
         relaxed = self.relaxation.strength > 0
         return {
+            **({} if self.sampler is None else {"sampler": self.sampler.word}),
             "drafter": self.contender.word,
             "drafter_fingerprint": self.contender.fingerprint,
             "window": self.window,
@@ -86,6 +97,8 @@ class Configuration:
         }
 
     def process(self, target: DiTTarget) -> ReverseProcess:
+        if self.sampler is not None:
+            return self.sampler.process()
         variance: str | torch.Tensor = self.variance
         if variance == "learned":
             variance = average_learned_variance(

@@ -12,6 +12,7 @@ import torch
 from free.drafters import Drafter, Fresh, LastWindow, Situation
 from free.evaluation.configuration import Configuration
 from free.evaluation.quality import Judge
+from free.processes import ReverseProcess
 from free.sampling.confidence import total_variation_limit
 from free.sampling.loop import Run
 from free.sampling.request import Options, check_request
@@ -37,7 +38,7 @@ def measure(
         contender.drafter,
         window,
         labels[:batch_size],
-        num_inference_steps=configuration.steps,
+        process=process,
         guidance_scale=scale,
     )
     runs: list[SamplingStatistics] = []
@@ -98,16 +99,14 @@ def measure(
 
 @torch.no_grad()
 def _count_flops(
-    target: DiTTarget, drafter: Drafter, window: int, labels: list[int], *, num_inference_steps: int, guidance_scale: float
+    target: DiTTarget, drafter: Drafter, window: int, labels: list[int], *, process: ReverseProcess, guidance_scale: float
 ) -> tuple[int, int]:
     """Of one evaluation of one state (both guidance halves), and of one drafted window of one sample.
 
     Two rounds at the batch size of the run, which warm its shapes up as well: the first window has no anchors, so the
     second one counts.
     """
-    request = check_request(
-        target, Options(class_labels=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=0)
-    )
+    request = check_request(target, Options(class_labels=labels, process=process, guidance_scale=guidance_scale, seed=0))
     watched = _Watched(drafter)
     with request.running(watched, features=drafter.needs_features):
         for _ in itertools.islice(Run(Setup.of(request, watched, window, "auto")).turns(FixedWindow(window)), 2):

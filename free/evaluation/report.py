@@ -14,7 +14,7 @@ from free.sampling.statistics import aligned
 _DRAWN_WINDOW = 8  # the sampler's default, for the panels that show one window
 _BINS = 25
 
-_DISTANCES = {
+DISTANCES = {
     "energy": "energy distance / mean distance of two real images",
     "frechet": "Fréchet distance / variance of real features",
 }
@@ -192,7 +192,7 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
                 curves.setdefault(_sampler(row), []).append(row)
             elif row["steps"] == most:
                 curves.setdefault(f"{_sampler(row, strength=False)}, S={most}", []).append(row)
-        for panel, (distance, title) in zip(line, _DISTANCES.items(), strict=True):
+        for panel, (distance, title) in zip(line, DISTANCES.items(), strict=True):
             colors = _colors([name.split(",")[0] for name in curves])
             for i, (name, curve) in enumerate(curves.items()):
                 color = colors[name.split(",")[0]]

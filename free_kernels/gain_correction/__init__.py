@@ -39,7 +39,8 @@ def gain_correction(
     corrections lead to, exactly where x0 is not clipped.
 
     Args:
-        path: the window as hold-x0 drafts it [B, W, D], float; its last column is not read.
+        path: the window as hold-x0 drafts it [B, W, D], float, of a process of second order with what it remembers
+            (``previous_x0`` of :func:`free_kernels.propose`); its last column is not read.
         step: int64 [B], of its first state.
         known_states, known_x0, known_sums, known_step, known_length: what the last window taught, as
             :func:`free_kernels.learn_gains` says; its columns are the anchors of :func:`free_kernels.propose`.

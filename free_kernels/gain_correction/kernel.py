@@ -34,6 +34,7 @@ def gain_correction_kernel(
     x0_model_ptr,  # float [S]
     signal_ptr,  # float [S]
     noise_ratio_ptr,  # float [S]
+    memory_gain_ptr,  # float [S]; not read unless MEMORY
     mixing_ptr,  # float [M, M]
     rows_ptr,  # float [P, P]
     columns_ptr,  # float [Q, Q]
@@ -49,6 +50,7 @@ def gain_correction_kernel(
     ridge,
     DRAFTS: tl.constexpr,
     CLIP: tl.constexpr,
+    MEMORY: tl.constexpr,
     GROUPS: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
@@ -75,6 +77,7 @@ def gain_correction_kernel(
         band += patch // (patches // GROUPS) * K
         added_before = mask.to(tl.int32) * tl.where(mixed > 0, 1, 0) > 0
         departure = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        previous = departure
         path_row = path_ptr + sample * path_batch
         correction_row = correction_ptr + sample * DRAFTS * numel
         for j in range(DRAFTS):
@@ -114,7 +117,11 @@ def gain_correction_kernel(
             if not CLIP:
                 x0_coef = x0_coef / x0_model
                 slope = slope - x0_coef * load_column(x0_state_ptr, step)
-            departure = slope * departure + x0_coef * added
+            effective = added
+            if MEMORY:
+                effective += load_column(memory_gain_ptr, step) * x0_model * (added - previous)
+                previous = added
+            departure = slope * departure + x0_coef * effective
             numbers = to_numbers(added, rows, columns) / x0_model
             for channel in range(M):
                 at = correction_row + tl.load(order_row + channel * (P * Q), mask=mask, other=0)
@@ -147,6 +154,7 @@ def gain_correction(
         [step, known_step, known_length],
         [known_states, known_x0, known_sums],
         [*ends, table.x0_state_coef, table.x0_model_coef, *scales],
+        table.memory_gain,
         [patches.mixing, patches.rows, patches.columns, patches.order, patches.band, patches.share],
         patches.groups,
         clips,
@@ -159,6 +167,7 @@ def _gain_correction(
     index: list[torch.Tensor],
     known: list[torch.Tensor],
     coefficients: list[torch.Tensor],
+    memory_gain: torch.Tensor | None,
     cut: list[torch.Tensor],
     groups: int,
     clips: bool,
@@ -176,6 +185,7 @@ def _gain_correction(
             *(values.contiguous() for values in known),
             *(values.contiguous() for values in index),
             *(column.contiguous() for column in coefficients),
+            (coefficients[0] if memory_gain is None else memory_gain).contiguous(),
             *(values.contiguous() for values in cut),
             correction,
             *path.stride()[:2],
@@ -185,6 +195,7 @@ def _gain_correction(
             float(ridge),
             DRAFTS=window - 1,
             CLIP=clips,
+            MEMORY=memory_gain is not None,
             GROUPS=groups,
             K=bands,
             M=channels,
@@ -203,8 +214,8 @@ _gain_correction_op = torch.library.custom_op(
     "free_kernels::gain_correction",
     _gain_correction,
     mutates_args=(),
-    schema="(Tensor path, Tensor[] index, Tensor[] known, Tensor[] coefficients, Tensor[] cut, int groups, bool clips, "
-    "float ridge) -> Tensor",
+    schema="(Tensor path, Tensor[] index, Tensor[] known, Tensor[] coefficients, Tensor? memory_gain, Tensor[] cut, "
+    "int groups, bool clips, float ridge) -> Tensor",
 )
 
 

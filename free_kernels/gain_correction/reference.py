@@ -47,11 +47,15 @@ def gain_correction(
         slope = at_step(table.state_coef, steps, dtype) - x0_coef * at_step(table.x0_state_coef, steps, dtype)
     else:
         slope, x0_coef = at_step(table.clip_state_coef, steps, dtype), at_step(table.clip_x0_coef, steps, dtype)
-    departure = torch.zeros_like(innovation[:, 0])
+    departure = before = torch.zeros_like(innovation[:, 0])
     corrections = []
     for j in range(window - 1):
         corrections.append(gain[:, j] * torch.addcdiv(innovation[:, j], departure, signal[:, j]))
-        departure = torch.addcmul(slope[:, j] * departure, x0_coef[:, j], corrections[-1])
+        effective = corrections[-1]
+        if table.memory_gain is not None:  # of second order: what corrects x0 corrects what is remembered of it too
+            memory = at_step(table.memory_gain, steps[:, j], dtype) * x0_model_coef[:, j]
+            effective, before = effective + memory * (effective - before), effective
+        departure = torch.addcmul(slope[:, j] * departure, x0_coef[:, j], effective)
     return patches.inverse(torch.stack(corrections, 1)) / x0_model_coef
 
 

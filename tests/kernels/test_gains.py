@@ -76,10 +76,12 @@ def test_what_a_window_teaches(device: torch.device, shape: tuple[int, ...], lay
         )
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "clipped", "second order"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_gains_add_to_the_drafts(device: torch.device, shape: tuple[int, ...], clip: bool) -> None:
-    given = arguments(shape, clip, torch.float32, torch.float32)
+def test_what_gains_add_to_the_drafts(device: torch.device, shape: tuple[int, ...], kind: str) -> None:
+    given = arguments(shape, kind == "clipped", torch.float32, torch.float32)
+    if kind == "second order":
+        given["table"] = given["table"]._replace(memory_gain=0.5 / given["table"].x0_model_coef)
     for name in ("outputs", "unconditional_outputs", "length"):
         del given[name]
     given["path"] = given.pop("states")

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 import free
 from free import Gains, LastWindow, ReverseProcess, Situation
+from free.drafters.base import Anchor
 from free.drafters.patches import each_number, patches_of, rings
-from free_kernels import Proposal, Scales, gain_correction, learn_gains
+from free_kernels import Proposal, Scales, effective_output, gain_correction, learn_gains
 from tests.unit.helpers import GaussianModel
 
 CPU = torch.device("cpu")
@@ -101,6 +103,35 @@ def test_a_target_that_answers_band_by_band_is_learned() -> None:
     hold, learned = (free.speculative_sample(GaussianModel(), drafter, **common).stats for drafter in ("hold-x0", "gains"))
     assert learned.mean_delta[30:99].mean() < 0.25 * hold.mean_delta[30:99].mean()
     assert learned.rounds.mean() < 0.85 * hold.rounds.mean()
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_drafts_answer_to_the_states_that_they_lead_to(second_order: bool) -> None:
+    """What corrects a column is what its own state asks for, though it was made from the path that hold-x0 drafts."""
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    process = ReverseProcess.from_scheduler(scheduler, 20) if second_order else ReverseProcess.ddpm(20)
+    drafter, shape = Watching(), (3, 8, 8)
+    free.speculative_sample(GaussianModel(scale=3.0), drafter, process=process, shape=shape, seed=[1, 2], window=6)
+    window = drafter.situations[1]
+    assert (window.step < window.last.step + window.last.length - 1).any()  # after a rejection, with several anchors
+    states, outputs = drafter.propose(window)
+    anchors = window.anchor(window.step[:, None] + torch.arange(5))
+    scales, patches = Scales(process.signal, process.noise_ratio), patches_of(shape, CPU)
+    before, moved = window.x0, 0.0
+    for j in range(5):
+        step = window.step + j
+        correction = gain_correction(
+            states[:, j : j + 2], step, window.memory.states, window.memory.x0, window.memory.sums, window.last.step,
+            window.last.length, process.table, scales, patches, ridge=0.01,
+        )[:, 0]  # fmt: skip
+        own = Anchor(anchors.step[:, j], anchors.state[:, j], anchors.output[:, j], None)
+        draft = own.hold_x0(states[:, j], step, process) + correction
+        if second_order:
+            assert before is not None
+            draft, before = effective_output(states[:, j], draft, before, step, process.table)
+        torch.testing.assert_close(outputs[:, j], draft, atol=1e-4, rtol=1e-4)
+        moved = max(moved, correction.abs().max().item())
+    assert moved > 0.05
 
 
 # --- what a draft may know ----------------------------------------------------------------------------------------------
