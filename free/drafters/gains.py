@@ -46,13 +46,27 @@ class Gains(Drafter):
         return GainMemory(zeros, zeros.clone(), zeros.new_zeros(*zeros.shape[:2], 2, 2, bands))
 
     def propose(self, situation: Situation) -> Proposal:
-        held = hold(situation, "hold-x0")
+        return self.propose_with(situation)[0]
+
+    def propose_with(self, situation: Situation, correction: torch.Tensor | None = None) -> tuple[Proposal, torch.Tensor]:
+        """The window where ``correction`` [B, W-1, D] is added to the drafts, from elsewhere, and the gains answer to the
+        path that it leads to; and what they add, [B, W-1, D].
+        """
+        held = hold(situation, "hold-x0", correction)
         if situation.window == 1:
-            return held
+            return held, held.draft_output
+        added = self._answers(situation, held.states, situation.step)
+        return hold(situation, "hold-x0", added if correction is None else added + correction), added
+
+    def answer(self, situation: Situation, state: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """What the gains add to hold-x0's draft at ``state`` [B, D] of ``step`` int64 [B], [B, D]."""
+        return self._answers(situation, state[:, None].expand(-1, 2, -1), step)[:, 0]
+
+    def _answers(self, situation: Situation, path: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         memory, last, process = situation.memory, situation.last, situation.process
-        correction = gain_correction(
-            held.states,
-            situation.step,
+        return gain_correction(
+            path,
+            step,
             memory.states,
             memory.x0,
             memory.sums,
@@ -60,11 +74,10 @@ class Gains(Drafter):
             last.length,
             process.table,
             Scales(process.signal, process.noise_ratio),
-            patches_of(situation.sample_shape, held.states.device),
+            patches_of(situation.sample_shape, path.device),
             ridge=_RIDGE,
             impl=situation.impl,
         )
-        return hold(situation, "hold-x0", correction)
 
     def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
         memory, last, process = situation.memory, situation.last, situation.process

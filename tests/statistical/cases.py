@@ -113,7 +113,7 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: s
         "uneven": lambda: UnevenDrafter(model),
         "over the cliff": lambda: CliffDrafter(model),
         "linear": lambda: random_linear(case),
-        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1).to(device),
+        "feature, untrained, one sweep": lambda: feature_drafter("gains", 1).to(device),
         "feature, untrained, two sweeps": lambda: feature_drafter(None, 2).to(device),
         "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0).to(device),
         "the paper's, untrained": lambda: feature_drafter(None, 0).to(device),
