@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,29 +66,10 @@ class Gains(Drafter):
 
     def _answers(self, situation: Situation, path: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         memory, last, process = situation.memory, situation.last, situation.process
-        return gain_correction(
-            path,
-            step,
-            memory.states,
-            memory.x0,
-            memory.sums,
-            last.step,
-            last.length,
-            process.table,
-            Scales(process.signal, process.noise_ratio),
-            patches_of(situation.sample_shape, path.device),
-            ridge=_RIDGE,
-            impl=situation.impl,
-        )
-
-    def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
-        memory, last, process = situation.memory, situation.last, situation.process
-        return GainMemory(
-            *learn_gains(
-                window.states,
-                window.output,
-                window.step,
-                window.length,
+        with _own_precision(path):
+            return gain_correction(
+                path,
+                step,
                 memory.states,
                 memory.x0,
                 memory.sums,
@@ -94,10 +77,36 @@ class Gains(Drafter):
                 last.length,
                 process.table,
                 Scales(process.signal, process.noise_ratio),
-                patches_of(situation.sample_shape, window.states.device),
-                forgetting=self.forgetting,
-                unconditional_outputs=window.unconditional,
-                guidance_scale=situation.guidance_scale,
+                patches_of(situation.sample_shape, path.device),
+                ridge=_RIDGE,
                 impl=situation.impl,
             )
-        )
+
+    def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
+        memory, last, process = situation.memory, situation.last, situation.process
+        with _own_precision(window.states):
+            return GainMemory(
+                *learn_gains(
+                    window.states,
+                    window.output,
+                    window.step,
+                    window.length,
+                    memory.states,
+                    memory.x0,
+                    memory.sums,
+                    last.step,
+                    last.length,
+                    process.table,
+                    Scales(process.signal, process.noise_ratio),
+                    patches_of(situation.sample_shape, window.states.device),
+                    forgetting=self.forgetting,
+                    unconditional_outputs=window.unconditional,
+                    guidance_scale=situation.guidance_scale,
+                    impl=situation.impl,
+                )
+            )
+
+
+def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:
+    """It is the networks that a caller's autocast is meant for."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
