@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         HoldOutput,
         HoldX0,
         LastWindow,
-        LinearDrafter,
         ModelDrafter,
         Situation,
         StepDrafter,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from free.sampling.statistics import SamplingStatistics
     from free.sampling.variance import average_learned_variance
     from free.targets import CallableTarget, DiTTarget, Target, TargetOutput, as_target
-    from free.training.calibration import calibrate
     from free.windows import WindowPlan
 
 __all__ = [
@@ -51,7 +49,6 @@ __all__ = [
     "HoldOutput",
     "HoldX0",
     "LastWindow",
-    "LinearDrafter",
     "ModelDrafter",
     "NonFiniteOutputError",
     "PipelineCheck",
@@ -71,7 +68,6 @@ __all__ = [
     "as_drafter",
     "as_target",
     "average_learned_variance",
-    "calibrate",
     "check_pipeline",
     "plan_window",
     "speculate",
@@ -87,7 +83,6 @@ _HOME = {
     "HoldOutput": "free.drafters",
     "HoldX0": "free.drafters",
     "LastWindow": "free.drafters",
-    "LinearDrafter": "free.drafters",
     "ModelDrafter": "free.drafters",
     "Situation": "free.drafters",
     "StepDrafter": "free.drafters",
@@ -112,7 +107,6 @@ _HOME = {
     "Target": "free.targets",
     "TargetOutput": "free.targets",
     "as_target": "free.targets",
-    "calibrate": "free.training.calibration",
     "WindowPlan": "free.windows",
 }
 _ROOMS = ("data", "demo", "drafters", "evaluation", "pipelines", "processes", "sampling", "targets", "training", "windows")

@@ -511,7 +511,7 @@ def test_a_saved_drafter_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "DiTTransformer2DModel"}))
     with pytest.raises(ValueError, match="it is a DiTTransformer2DModel; allowed is a FeatureDrafter"):
         free.FeatureDrafter.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a DiTTransformer2DModel; allowed are a FeatureDrafter and a calibrated"):
+    with pytest.raises(ValueError, match="it is a DiTTransformer2DModel; allowed is a FeatureDrafter"):
         drafter_of(str(tmp_path))
 
 
@@ -561,8 +561,7 @@ def test_a_process_of_one_step_drafts_nothing(tmp_path: Path) -> None:
         settings(tmp_path, num_inference_steps=(1,))
 
 
-def test_a_calibrated_drafter_is_not_written_over(tmp_path: Path) -> None:
-    process = free.ReverseProcess.ddpm(6)
-    free.LinearDrafter(torch.ones(6, 1), process.timestep, (1, 8, 8)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"output_dir is .*, which holds a free-dit linear drafter, 1; give another"):
+def test_a_model_is_not_written_over(tmp_path: Path) -> None:
+    tiny_dit().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir is .*, which holds a DiTTransformer2DModel; give another"):
         train_drafter(settings(tmp_path), tiny_dit())
