@@ -53,6 +53,7 @@ class DrafterTrainingConfig:
     dataloader_num_workers: int = _option(0, "processes that read images")
 
     base: str = _option("gains", "what the drafter's output is added to", BASES)
+    begin_with: str | None = _option(None, "folder of a trained drafter whose weights come first; new ones if left out")
     sweeps: int | None = _option(None, "sweeps of a draft, 0 for one step after the other; the drafter's own if left out")
     states: str = _option("windows", "states to learn on: those that windows visit, or noised data", STATES)
     num_inference_steps: tuple[int, ...] = _option((250,), "steps S of inference, several are taken in turn")

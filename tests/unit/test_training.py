@@ -561,6 +561,22 @@ def test_a_process_of_one_step_drafts_nothing(tmp_path: Path) -> None:
         settings(tmp_path, num_inference_steps=(1,))
 
 
+def test_a_run_begins_with_the_weights_of_a_drafter_of_another_base(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    first = free.FeatureDrafter.from_target(tiny_dit(), base="hold-x0")
+    torch.nn.init.normal_(first.to_output.weight, std=0.01)
+    first.save_pretrained(tmp_path / "first")
+    common = {"begin_with": str(tmp_path / "first"), "max_train_steps": 1, "use_ema": False}
+    drafter = train_drafter(settings(tmp_path / "second", learning_rate=1e-9, **common), tiny_dit())
+    assert drafter.base == "gains"
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(drafter.state_dict()[name], value, atol=1e-6, rtol=0.0)
+    with pytest.raises(ValueError, match=r"begin_with is '.*first', whose weights do not fit this drafter"):
+        train_drafter(settings(tmp_path / "third", base="none", **common), tiny_dit())
+    with pytest.raises(ValueError, match="begin_with is 'nowhere', which is no folder"):
+        train_drafter(settings(tmp_path / "third", **{**common, "begin_with": "nowhere"}), tiny_dit())
+
+
 def test_a_model_is_not_written_over(tmp_path: Path) -> None:
     tiny_dit().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"output_dir is .*, which holds a DiTTransformer2DModel; give another"):
