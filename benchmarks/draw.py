@@ -12,12 +12,12 @@ from typing import Any
 
 from benchmarks.figures import draw_gpu, figure_path
 from benchmarks.readme import of_enough, quality_path, write_blocks
-from benchmarks.rows import RESULTS, read_rows
+from benchmarks.rows import REMOVED, RESULTS, read_rows
 from free.evaluation.report import draw as draw_compared
 from free.evaluation.report import draw_quality
 
 TESTBED = "photo_dit"
-_LEFT_OUT = ("linear-50", "linear-250", "photo_drafter_50:sweeps=0", "photo_drafter_250:sweeps=0")
+_LEFT_OUT = (*REMOVED, "photo_drafter_50:sweeps=0", "photo_drafter_250:sweeps=0")
 """Of the testbed's figure, whose legend is read at a glance; the table has them."""
 _STYLES = {"triton": ("C0", "o"), "compile": ("C1", "s"), "eager": ("C3", "^")}
 

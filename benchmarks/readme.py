@@ -12,7 +12,7 @@ from benchmarks.latency import BEST, IMPLEMENTATIONS
 from benchmarks.models import GUIDANCE
 from benchmarks.peers import peers
 from benchmarks.record import matches
-from benchmarks.rows import RESULTS, read_rows
+from benchmarks.rows import REMOVED, RESULTS, read_rows
 from free.evaluation.rows import ROOT
 
 _NAMES = ("gpu", "sampler", "compare", "quality", "picard")
@@ -248,6 +248,7 @@ def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
             row
             for row in rows
             if matches(row, model=model, guidance_scale=1.5)
+            and row["drafter"] not in REMOVED
             and row["window"] in _SHOWN_WINDOWS
             and row.get("strength", 0) == 0
             and row.get("variance", "posterior") == "posterior"

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         HoldOutput,
         HoldX0,
         LastWindow,
-        LinearDrafter,
         ModelDrafter,
         Situation,
         StepDrafter,
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from free.sampling.statistics import SamplingStatistics
     from free.sampling.variance import average_learned_variance
     from free.targets import CallableTarget, DiTTarget, KnownEntries, Target, TargetOutput, as_target
-    from free.training.calibration import calibrate
     from free.windows import WindowPlan
 
 __all__ = [
@@ -56,7 +54,6 @@ __all__ = [
     "HoldX0",
     "KnownEntries",
     "LastWindow",
-    "LinearDrafter",
     "ModelDrafter",
     "NonFiniteOutputError",
     "PipelineCheck",
@@ -79,7 +76,6 @@ __all__ = [
     "as_drafter",
     "as_target",
     "average_learned_variance",
-    "calibrate",
     "check_pipeline",
     "plan_window",
     "speculate",
@@ -95,7 +91,6 @@ _HOME = {
     "HoldOutput": "free.drafters",
     "HoldX0": "free.drafters",
     "LastWindow": "free.drafters",
-    "LinearDrafter": "free.drafters",
     "ModelDrafter": "free.drafters",
     "Situation": "free.drafters",
     "StepDrafter": "free.drafters",
@@ -125,7 +120,6 @@ _HOME = {
     "Target": "free.targets",
     "TargetOutput": "free.targets",
     "as_target": "free.targets",
-    "calibrate": "free.training.calibration",
     "WindowPlan": "free.windows",
 }
 _ROOMS = (

@@ -70,24 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--train-steps", type=_positive, default=None, help="training steps of --retrain, if not the usual")
     demo.set_defaults(run=_demo)
 
-    calibrate = commands.add_parser(
-        "calibrate",
-        help="fit the linear drafter to a DiT on a few trajectories",
-        description="Fits the coefficients of the linear drafter to a DiT, saves them, and prints the parallel efficiency "
-        "of hold-x0 and of the fitted drafter on seeds that it was not fitted on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    calibrate.add_argument(
-        "--model", type=Path, default=None, help="folder of a saved DiTTransformer2DModel; the digits DiT if left out"
-    )
-    calibrate.add_argument("--output-dir", type=Path, required=True, help="where the drafter goes")
-    calibrate.add_argument("--steps", type=_positive, default=250, help="denoising steps S")
-    calibrate.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
-    calibrate.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
-    calibrate.add_argument("--num-trajectories", type=_positive, default=32, help="trajectories to fit on")
-    calibrate.add_argument("--eval-samples", type=_positive, default=16, help="samples of each drafter's evaluation")
-    calibrate.add_argument("--seed", type=int, default=0, help="seed of the trajectories")
-    calibrate.set_defaults(run=_calibrate)
     _add_compare(commands)
     _add_train_drafter(commands)
     return parser
@@ -108,27 +90,6 @@ def _demo(arguments: argparse.Namespace) -> None:
         retrain=arguments.retrain,
         train_steps=arguments.train_steps,
     )
-
-
-def _calibrate(arguments: argparse.Namespace) -> None:
-    from free.data.digits import weights_path
-    from free.drafters import LinearDrafter
-    from free.targets.loading import load_target
-    from free.training.calibration import calibrate, held_out_table
-
-    LinearDrafter.check_folder("--output-dir", arguments.output_dir)
-    target = load_target(arguments.model or weights_path())
-    common: dict[str, Any] = {
-        "class_labels": range(target.null_class),
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.guidance_scale,
-        "window": arguments.window,
-        "progress": True,
-    }
-    drafter = calibrate(target, num_trajectories=arguments.num_trajectories, seed=arguments.seed, **common)
-    drafter.save_pretrained(arguments.output_dir)
-    print(held_out_table(target, drafter, num_samples=arguments.eval_samples, seed=arguments.seed, **common))
-    print(f"\ndrafter: {arguments.output_dir}")
 
 
 def _add_compare(commands: Any) -> None:

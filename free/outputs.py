@@ -43,7 +43,7 @@ def check_folder(name: str, folder: Path, kind: str) -> None:
     Args:
         name: of the argument.
         folder: may be there, empty or with what an earlier run of this kind left; is not made.
-        kind: what its ``config.json`` says of itself, as ``format`` or ``_class_name``.
+        kind: what its ``config.json`` says of itself, as ``_class_name``.
 
     Raises:
         OSError: it cannot be made, or not be written.
@@ -66,8 +66,7 @@ def check_folder(name: str, folder: Path, kind: str) -> None:
     if not file.exists():
         return
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        found = config.get("_class_name") or config.get("format")
+        found = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError):
         found = None
     if found != kind:

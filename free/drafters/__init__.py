@@ -12,7 +12,6 @@ from free.drafters.base import Anchor, Drafter, LastWindow, Situation, StepDraft
 from free.drafters.fresh import Fresh
 from free.drafters.gains import Gains
 from free.drafters.hold import HoldOutput, HoldX0
-from free.drafters.linear import LinearDrafter
 from free.drafters.model import ModelDrafter
 from free.targets import Target
 
@@ -32,7 +31,6 @@ __all__ = [
     "HoldOutput",
     "HoldX0",
     "LastWindow",
-    "LinearDrafter",
     "ModelDrafter",
     "Situation",
     "StepDrafter",

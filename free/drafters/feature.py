@@ -1,9 +1,10 @@
 """The learned drafter: one DiT-size block that leans on the target's top-block feature.
 
 FREE (arXiv 2511.20390) drafts with a block that fuses the embedded state with the last top-block feature, and predicts the
-network output and the next feature (``base=None``). ``base="hold-x0"`` is ours: the block predicts what hold-x0's draft
-misses, is told how the anchor looked, and uses it as a control variate where it stands at the same step. Either drafts one
-step after the other, or in sweeps: propose the path, run the block once on all states of the window, propose again.
+network output and the next feature (``base=None``). With a base, which is ours, the block predicts what the base's draft
+misses (``"gains"`` or ``"hold-x0"``), is told how the anchor looked, and uses it as a control variate where it stands at the
+same step. Either drafts one step after the other, or in sweeps: propose the path, run the block once on all states of the
+window, propose again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, get_times
 from diffusers.models.normalization import AdaLayerNormZero
 from safetensors import SafetensorError
 
-from free.drafters.base import Anchor, Drafter, Situation, walk
+from free.drafters.base import Anchor, Drafter, LastWindow, Situation, walk
+from free.drafters.gains import GainMemory, Gains
 from free.drafters.hold import hold
 from free_kernels import Proposal
 
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from free.processes import ReverseProcess
     from free.targets import Target
 
-BASES = (None, "hold-x0")
+Base = Literal["gains", "hold-x0"] | None
+BASES = ("gains", "hold-x0", None)
 _FREQUENCIES = 256
 _CONFIG_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -52,13 +55,14 @@ class Inputs:
 class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
     """One adaLN-Zero block (Peebles & Xie 2023) of the target's width, about 32 M parameters for a DiT-XL/2.
 
-    The label's embedding is the target's own. Fresh from :meth:`from_target` the output head is zero: with
-    ``base="hold-x0"`` it drafts as hold-x0 does until it is trained.
+    The label's embedding is the target's own. Fresh from :meth:`from_target` the output head is zero: with a base it drafts
+    as the base does until it is trained.
 
     Args:
         num_attention_heads, attention_head_dim: of the target; their product is the width.
         in_channels, sample_size, patch_size: of the target.
-        base: None predicts the output itself (the paper's drafter), ``"hold-x0"`` the residual to hold-x0's draft.
+        base: what the block's output is added to: ``"gains"`` or ``"hold-x0"``, the drafters of these names; None predicts
+            the output itself (the paper's drafter).
         sweeps: 0 drafts one step after the other, n > 0 in n sweeps; None is 0 for ``base=None``, else 1. The attribute
             ``sweeps`` may be changed at any time.
 
@@ -78,7 +82,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         in_channels: int,
         sample_size: int,
         patch_size: int,
-        base: Literal["hold-x0"] | None = "hold-x0",
+        base: Base = "gains",
         sweeps: int | None = None,
     ) -> None:
         super().__init__()
@@ -90,8 +94,9 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             raise ValueError(f"sweeps is {sweeps!r}; allowed is an int, 0 (one step after the other) or more, or None")
         width = num_attention_heads * attention_head_dim
         self.base, self.sweeps, self.width = base, sweeps, width
+        self._gains = Gains() if base == "gains" else None
         self.tokens = (sample_size // patch_size) ** 2
-        # with a base the block also sees the anchor's output, hold-x0's draft, the anchor's x0, and how far the state moved
+        # with a base the block also sees the anchor's output, the base's draft, the anchor's x0, and how far the state moved
         images = 1 if base is None else 5
         self.embed = PatchEmbed(sample_size, sample_size, patch_size, images * in_channels, width)
         self.embed_time = TimestepEmbedding(2 * _FREQUENCIES, width)
@@ -112,9 +117,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
                 torch.nn.init.zeros_(layer.bias)
 
     @classmethod
-    def from_target(
-        cls, model: Any, *, base: Literal["hold-x0"] | None = "hold-x0", sweeps: int | None = None
-    ) -> FeatureDrafter:
+    def from_target(cls, model: Any, *, base: Base = "gains", sweeps: int | None = None) -> FeatureDrafter:
         """An untrained drafter that fits a DiT, on its device and in its dtype.
 
         Args:
@@ -190,7 +193,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         """The block on N states.
 
         Args:
-            images: [N, images * channels, height, width]: the state, with a base also the anchor's output, hold-x0's draft,
+            images: [N, images * channels, height, width]: the state, with a base also the anchor's output, the base's draft,
                 the anchor's x0 and the state's way from the anchor, all of order one.
             timestep: [N].
             gap: [N], the anchor's timestep less this one.
@@ -198,7 +201,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             feature: [N, tokens, width], the top-block feature of an earlier step.
 
         Returns:
-            Output [N, channels, height, width], or what hold-x0's draft misses of it; and the feature [N, tokens, width]
+            Output [N, channels, height, width], or what the base's draft misses of it; and the feature [N, tokens, width]
             at this step, None with a base.
         """
         channels, size, patch = self.config.in_channels, self.config.sample_size, self.config.patch_size
@@ -231,6 +234,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         process: ReverseProcess,
         feature: torch.Tensor | None = None,
         block: Block | None = None,
+        answer: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's word on N states, the control variate included.
 
@@ -242,9 +246,10 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             process: of the steps.
             feature: [N, tokens, width], of an earlier step; the anchor's if left out.
             block: runs the block; this module itself if left out (training passes its wrapped form).
+            answer: [N, D], what the gains add to hold-x0's draft, where they are the base.
 
         Returns:
-            The output, or with a base what hold-x0's draft misses of it, float32 [N, D]; and the next feature.
+            The output, or with a base what its draft misses of it, float32 [N, D]; and the next feature.
         """
         feature = anchor.feature if feature is None else feature
         assert feature is not None  # the sampler captures it for a drafter that needs it
@@ -256,15 +261,26 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         same = anchor.step == step
         rows = _rows(same)
         both = torch.cat((torch.arange(len(state), device=state.device), rows))
+        if answer is not None:  # to no way from the anchor gains have none
+            answer = torch.cat((answer, torch.zeros_like(anchor.state[rows])))
         seen = self.inputs(
-            torch.cat((state, anchor.state[rows])), torch.cat((step, anchor.step[rows])), anchor.take(both), process
+            torch.cat((state, anchor.state[rows])), torch.cat((step, anchor.step[rows])), anchor.take(both), process, answer
         )
         output, _ = (block or self)(seen.images, seen.timestep, seen.gap, label_embedding[both], feature[both])
         output, error = output.flatten(1).float().split((len(state), len(rows)))
         return output.index_add(0, rows, torch.where(same[rows, None], -error, 0.0)), None
 
-    def inputs(self, state: torch.Tensor, step: torch.Tensor, anchor: Anchor, process: ReverseProcess) -> Inputs:
-        """What :meth:`forward` sees of states float32 [N, D] at steps int64 [N], anchored at N evaluations."""
+    def inputs(
+        self,
+        state: torch.Tensor,
+        step: torch.Tensor,
+        anchor: Anchor,
+        process: ReverseProcess,
+        answer: torch.Tensor | None = None,
+    ) -> Inputs:
+        """What :meth:`forward` sees of states float32 [N, D] at steps int64 [N], anchored at N evaluations; the rest as in
+        :meth:`predict`.
+        """
         timestep = process.timestep[step]
         gap = process.timestep[anchor.step] - timestep
         images = [state]
@@ -274,7 +290,10 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             std = process.std[step][:, None]
             reach = std * (1 + step - anchor.step)[:, None].sqrt()
             moved = torch.where(std > 0, (state - anchor.state) / reach, 0.0)
-            images += [anchor.output, anchor.hold_x0(state, step, process), anchor.x0(process) / x0_scale, moved]
+            draft = anchor.hold_x0(state, step, process)
+            if answer is not None:
+                draft = draft + answer
+            images += [anchor.output, draft, anchor.x0(process) / x0_scale, moved]
         size = self.config.sample_size
         return Inputs(torch.stack(images, 1).view(len(state), -1, size, size), timestep, gap)
 
@@ -286,6 +305,12 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
             yield
         finally:
             self.__dict__.pop("predict", None)
+
+    def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> GainMemory | None:
+        return None if self._gains is None else self._gains.begin(last, sample_shape)
+
+    def remember(self, situation: Situation, window: LastWindow) -> GainMemory | None:
+        return None if self._gains is None else self._gains.remember(situation, window)
 
     def propose(self, situation: Situation) -> Proposal:
         if situation.window == 1:
@@ -301,9 +326,10 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         def draft(state: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
             nonlocal feature
             if self.base is not None:
-                anchor = situation.anchor(step)
-                missing, _ = self.predict(state, step, anchor, label_embedding, process)
-                return anchor.hold_x0(state, step, process) + missing
+                anchor, answer = situation.anchor(step), self.answer(situation, state, step)
+                missing, _ = self.predict(state, step, anchor, label_embedding, process, answer=answer)
+                held = anchor.hold_x0(state, step, process)
+                return held + missing if answer is None else held + answer + missing
             # the target's feature of the last settled step, then the block's own
             before = situation.anchor((step - 1).clamp(min=0))
             previous = replace(before, step=(step - 1).clamp(min=0))
@@ -314,20 +340,33 @@ class FeatureDrafter(ModelMixin, ConfigMixin, Drafter):
         return walk(situation, draft)
 
     def _sweep(self, situation: Situation, label_embedding: torch.Tensor) -> Proposal:
-        """The whole path at once: what the block adds to hold-x0's drafts on one path corrects them on the next."""
+        """The whole path at once: what the block adds to the base's drafts on one path corrects them on the next."""
         process, drafts = situation.process, situation.window - 1
         steps = situation.step[:, None] + torch.arange(drafts, device=situation.step.device)
         steps = steps.clamp_(max=process.num_steps - 1)  # [B, W-1]
         anchor = situation.anchor(steps).flatten()
         label_embedding = label_embedding.repeat_interleave(drafts, 0)  # [B * (W-1), width]
-        proposal = hold(situation, "hold-x0")
+        proposal, answer = self.hold(situation)
         for _ in range(self.sweeps):
             state, step = proposal.states[:, :-1].flatten(0, 1), steps.flatten()
-            correction, _ = self.predict(state, step, anchor, label_embedding, process)
+            answer = None if answer is None else answer.flatten(0, 1)
+            correction, _ = self.predict(state, step, anchor, label_embedding, process, answer=answer)
             if self.base is None:
                 correction = correction - anchor.hold_x0(state, step, process)
-            proposal = hold(situation, "hold-x0", correction.unflatten(0, steps.shape), effective=False)
+            proposal, answer = self.hold(situation, correction.unflatten(0, steps.shape))
         return proposal
+
+    def hold(self, situation: Situation, correction: torch.Tensor | None = None) -> tuple[Proposal, torch.Tensor | None]:
+        """The base's window, ``correction`` [B, W-1, D] added to its drafts; and what gains add to hold-x0's, where they are
+        the base.
+        """
+        if self._gains is None:
+            return hold(situation, "hold-x0", correction, effective=correction is None), None
+        return self._gains.propose_with(situation, correction)
+
+    def answer(self, situation: Situation, state: torch.Tensor, step: torch.Tensor) -> torch.Tensor | None:
+        """What gains add to hold-x0's draft at ``state`` [B, D] of ``step`` int64 [B], [B, D], where they are the base."""
+        return None if self._gains is None else self._gains.answer(situation, state, step)
 
 
 def _rows(chosen: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,34 +48,29 @@ class Gains(Drafter):
         return GainMemory(zeros, zeros.clone(), zeros.new_zeros(*zeros.shape[:2], 2, 2, bands))
 
     def propose(self, situation: Situation) -> Proposal:
-        held = hold(situation, "hold-x0", effective=False)
-        if situation.window == 1:
-            return held
-        memory, last, process = situation.memory, situation.last, situation.process
-        correction = gain_correction(
-            held.states,
-            situation.step,
-            memory.states,
-            memory.x0,
-            memory.sums,
-            last.step,
-            last.length,
-            process.table,
-            Scales(process.signal, process.noise_ratio),
-            patches_of(situation.sample_shape, held.states.device),
-            ridge=_RIDGE,
-            impl=situation.impl,
-        )
-        return hold(situation, "hold-x0", correction, effective=False)
+        return self.propose_with(situation)[0]
 
-    def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
+    def propose_with(self, situation: Situation, correction: torch.Tensor | None = None) -> tuple[Proposal, torch.Tensor]:
+        """The window where ``correction`` [B, W-1, D] is added to the drafts, from elsewhere, and the gains answer to the
+        path that it leads to; and what they add, [B, W-1, D].
+        """
+        held = hold(situation, "hold-x0", correction, effective=False)
+        if situation.window == 1:
+            return held, held.draft_output
+        added = self._answers(situation, held.states, situation.step)
+        together = added if correction is None else added + correction
+        return hold(situation, "hold-x0", together, effective=False), added
+
+    def answer(self, situation: Situation, state: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """What the gains add to hold-x0's draft at ``state`` [B, D] of ``step`` int64 [B], [B, D]."""
+        return self._answers(situation, state[:, None].expand(-1, 2, -1), step)[:, 0]
+
+    def _answers(self, situation: Situation, path: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         memory, last, process = situation.memory, situation.last, situation.process
-        return GainMemory(
-            *learn_gains(
-                window.states,
-                window.output,
-                window.step,
-                window.length,
+        with _own_precision(path):
+            return gain_correction(
+                path,
+                step,
                 memory.states,
                 memory.x0,
                 memory.sums,
@@ -81,10 +78,36 @@ class Gains(Drafter):
                 last.length,
                 process.table,
                 Scales(process.signal, process.noise_ratio),
-                patches_of(situation.sample_shape, window.states.device),
-                forgetting=self.forgetting,
-                unconditional_outputs=window.unconditional,
-                guidance_scale=situation.guidance_scale,
+                patches_of(situation.sample_shape, path.device),
+                ridge=_RIDGE,
                 impl=situation.impl,
             )
-        )
+
+    def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
+        memory, last, process = situation.memory, situation.last, situation.process
+        with _own_precision(window.states):
+            return GainMemory(
+                *learn_gains(
+                    window.states,
+                    window.output,
+                    window.step,
+                    window.length,
+                    memory.states,
+                    memory.x0,
+                    memory.sums,
+                    last.step,
+                    last.length,
+                    process.table,
+                    Scales(process.signal, process.noise_ratio),
+                    patches_of(situation.sample_shape, window.states.device),
+                    forgetting=self.forgetting,
+                    unconditional_outputs=window.unconditional,
+                    guidance_scale=situation.guidance_scale,
+                    impl=situation.impl,
+                )
+            )
+
+
+def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:
+    """It is the networks that a caller's autocast is meant for."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)

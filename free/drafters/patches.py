@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from free.checks import on_cpu
 from free_kernels import Patches
 from free_kernels.patches import MAX_COLUMNS, MAX_ROWS
 
@@ -22,6 +23,7 @@ _SMALL = 256
 
 
 @functools.cache
+@on_cpu
 def patches_of(sample_shape: tuple[int, ...], device: torch.device) -> Patches:
     """Patches of the last axes of a sample: of all of one or two, else of the last two, or three where there are four.
 

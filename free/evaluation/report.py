@@ -19,7 +19,7 @@ DISTANCES = {
     "frechet": "Fréchet distance / variance of real features",
 }
 _FRESH = "fresh:"
-_COLORS = {"ancestral": "0.3", "hold-x0": "C0", "hold-output": "C1", "gains": "C2", "linear": "C3", "learned": "C4"}
+_COLORS = {"ancestral": "0.3", "hold-x0": "C0", "hold-output": "C1", "gains": "C2", "learned": "C4"}
 """The same sampler in the same colour in every figure; those of other drafters follow."""
 _MEANINGS = {
     "TV at most": "TV: of relaxed rows, estimated bound on the total variation from the exact law (docs/relaxation.md)",
@@ -234,10 +234,10 @@ def draw_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _family(drafter: str) -> str:
-    """What a drafter is called in a legend: those fitted or trained for one S, and for another, are of one kind."""
+    """What a drafter is called in a legend: those trained for one S, and for another, are of one kind."""
     word, comma, rest = drafter.partition(",")
     plain = word.removeprefix(_FRESH).split(":")[0]
-    kind = "linear" if plain.startswith("linear") else "learned" if "drafter" in plain else plain
+    kind = "learned" if "drafter" in plain else plain
     return kind + (", fresh noise" if word.startswith(_FRESH) else "") + comma + rest
 
 

@@ -15,7 +15,7 @@ from free.checks import check_count
 from free.data.images import BUILT_IN
 from free.training.loss import LOSSES
 
-BASES = ("hold-x0", "none")
+BASES = ("gains", "hold-x0", "none")
 STATES = ("windows", "noised")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -52,7 +52,8 @@ class DrafterTrainingConfig:
     skip_unreadable: bool = _option(False, "leave out images that cannot be read")
     dataloader_num_workers: int = _option(0, "processes that read images")
 
-    base: str = _option("hold-x0", "what the drafter's output is added to", BASES)
+    base: str = _option("gains", "what the drafter's output is added to", BASES)
+    begin_with: str | None = _option(None, "folder of a trained drafter whose weights come first; new ones if left out")
     sweeps: int | None = _option(None, "sweeps of a draft, 0 for one step after the other; the drafter's own if left out")
     states: str = _option("windows", "states to learn on: those that windows visit, or noised data", STATES)
     num_inference_steps: tuple[int, ...] = _option((250,), "steps S of inference, several are taken in turn")
@@ -92,6 +93,8 @@ class DrafterTrainingConfig:
             value, choices = getattr(self, entry.name), entry.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{entry.name} is {value!r}; allowed are {', '.join(map(repr, choices))}")
+        if self.base == "gains" and self.states == "noised":
+            raise ValueError("states is 'noised' with base 'gains', which learn from a run; allowed is 'windows'")
         object.__setattr__(self, "num_inference_steps", tuple(self.num_inference_steps))
         if not self.num_inference_steps:
             raise ValueError("num_inference_steps is empty; at least one is needed")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
-from free.drafters import Anchor, LastWindow
+from free.drafters import Anchor, LastWindow, Situation
 from free.drafters.feature import FeatureDrafter
-from free.drafters.hold import hold
+from free.drafters.gains import GainMemory
 from free.processes import ReverseProcess
 from free.sampling.request import Request
 from free.sampling.statistics import Stopwatch
@@ -38,13 +38,15 @@ class Examples:
     feature: torch.Tensor | None
     """[N, tokens, width], of an earlier step."""
     wanted: torch.Tensor
-    """float32 [N, D]: the target's guided output, or with a base what hold-x0's draft misses of it."""
+    """float32 [N, D]: the target's guided output, or with a base what its draft misses of it."""
     next_feature: torch.Tensor | None
     """[N, tokens, width]: the target's at this step."""
     weight: torch.Tensor
     """float32 [N]."""
     tested: torch.Tensor
     """bool [N]: whether a draft like this is tested; those beyond a rejection decide nothing."""
+    answer: torch.Tensor | None = None
+    """float32 [N, D], what gains add to hold-x0's draft of ``state``, where they are the base."""
 
 
 class NoisedPairs:
@@ -79,7 +81,13 @@ class NoisedPairs:
 
     @torch.no_grad()
     def draw(self, drafter: FeatureDrafter, clean: Callable[[], torch.Tensor], labels: torch.Tensor) -> Examples:
-        """``unroll`` examples for each of n clean samples, which ``clean`` returns, [n, *sample shape]; labels int64 [n]."""
+        """``unroll`` examples for each of n clean samples, which ``clean`` returns, [n, *sample shape]; labels int64 [n].
+
+        Raises:
+            ValueError: the drafter's base is ``"gains"``.
+        """
+        if drafter.base == "gains":
+            raise ValueError("the drafter's base is 'gains', which learn from a run: noised data is none")
         process, data, count = self.process, clean(), len(labels)
         conditioning = {"class_labels": labels}
         label_embedding = self.target.label_embedding(conditioning)
@@ -178,6 +186,7 @@ class VisitedWindows:
                 "state": live.state,
                 "last": _as_dict(live.last),
                 **({} if live.x0 is None else {"x0": live.x0}),
+                **({} if live.memory is None else {"learned": _as_dict(live.memory)}),
             }
         return state
 
@@ -197,13 +206,17 @@ class VisitedWindows:
             index = torch.arange(len(live["step"]), device=device)
             last = LastWindow(**live["last"])
             moving = live["seed"], live["step"], live["state"]
-            self.live = Live(index, *moving, last, conditioning, None, x0=live.get("x0"))
+            learned = GainMemory(**live["learned"]) if "learned" in live else None
+            self.live = Live(index, *moving, last, conditioning, None, x0=live.get("x0"), memory=learned)
 
     def _round(self, drafter: FeatureDrafter, clean: Callable[[], torch.Tensor], labels: torch.Tensor) -> Examples:
         request, process = self.request, self.request.process
         with request.target.capture_features():
             setup = Setup.of(request, drafter, self.window, "auto")
-            live = self._begin(clean(), labels) if self.live is None else self._begin_again(self.live, labels)
+            if self.live is None:
+                live = self._begin(drafter, clean(), labels)
+            else:
+                live = self._begin_again(drafter, self.live, labels)
             self.live, done = advance(live, setup, self.window, Stopwatch(live.state.device))
         situation, last = done.situation, self.live.last
 
@@ -213,19 +226,29 @@ class VisitedWindows:
         rows = (column < (done.length - 1)[:, None]).flatten().nonzero()[:, 0]  # [N], what was drafted
         anchor = situation.anchor(steps).flatten().take(rows)
         visited, step = done.states[:, :-1].flatten(0, 1)[rows], steps.flatten()[rows]
-        seen = hold(situation, "hold-x0").states[:, :-1].flatten(0, 1)[rows] if drafter.sweeps == 1 else visited
+        answers = _answers(drafter, situation, done.states[:, :-1], steps)
+        answer = None if answers is None else answers.flatten(0, 1)[rows]
         output = guided(last.output, last.unconditional, request.guidance_scale, torch.float32)
         wanted = output[:, :-1].flatten(0, 1)[rows]
         if drafter.base is not None:
             wanted = wanted - anchor.hold_x0(visited, step, process)
+        if answer is not None:
+            wanted = wanted - answer
+        seen = visited
+        if drafter.sweeps == 1:  # the block sees the base's path
+            path, answers = drafter.hold(situation)
+            seen = path.states[:, :-1].flatten(0, 1)[rows]
+            answer = None if answers is None else answers.flatten(0, 1)[rows]
         label_embedding = request.target.label_embedding(request.conditioning).repeat_interleave(drafts, 0)[rows]
         next_feature = None if last.feature is None else last.feature[:, :-1].flatten(0, 1)[rows]
         weight = torch.ones(len(rows), device=seen.device)
         settled = done.verification.advance - 1 + done.verification.rejected  # [B]
         tested = (column < settled[:, None]).flatten()[rows]
-        return Examples(process, seen, step, anchor, label_embedding, anchor.feature, wanted, next_feature, weight, tested)
+        return Examples(
+            process, seen, step, anchor, label_embedding, anchor.feature, wanted, next_feature, weight, tested, answer
+        )
 
-    def _begin(self, clean: torch.Tensor, labels: torch.Tensor) -> Live:
+    def _begin(self, drafter: FeatureDrafter, clean: torch.Tensor, labels: torch.Tensor) -> Live:
         """Noised data at random steps, each with one evaluation to lean on."""
         request, process, size = self.request, self.request.process, len(self.request.seed)
         if len(clean) < size:
@@ -243,6 +266,7 @@ class VisitedWindows:
         feature = None if first.feature is None else first.feature[:, None]
         last = LastWindow(step, one, state[:, None], output, unconditional, feature)
         live = Live(index, _draw_seeds(one), step, state, last, request.conditioning, None)
+        live.memory = self._first_memory(drafter, live)
         if process.memory is not None:
             # of the state before nothing is known: as if nothing had changed
             half = None if unconditional is None else unconditional[:, 0]
@@ -251,7 +275,28 @@ class VisitedWindows:
             )
         return live
 
-    def _begin_again(self, live: Live, labels: torch.Tensor) -> Live:
+    def _first_memory(self, drafter: FeatureDrafter, live: Live) -> GainMemory | None:
+        """What a drafter that remembers makes of the pool's first evaluations, with nothing evaluated before."""
+        request, last = self.request, live.last
+        before = replace(last, step=(last.step - 1).clamp(min=0))
+        situation = Situation(
+            live.state,
+            live.step,
+            live.seed,
+            1,
+            before,
+            None,
+            request.process,
+            request.target,
+            live.conditioning,
+            request.sample_shape,
+            request.guidance_scale,
+            "auto",
+            memory=drafter.begin(before, request.sample_shape),
+        )
+        return drafter.remember(situation, last)
+
+    def _begin_again(self, drafter: FeatureDrafter, live: Live, labels: torch.Tensor) -> Live:
         """New trajectories where old ones ended: from noise, with nothing to lean on."""
         request, last = self.request, live.last
         ended = live.step == request.process.num_steps  # [B]
@@ -261,10 +306,24 @@ class VisitedWindows:
         for values in (last.states, last.output, last.unconditional, last.feature):
             if values is not None:
                 values[ended] = 0
+        fresh = drafter.begin(last, request.sample_shape)
+        if fresh is not None:
+            for entry in fields(fresh):
+                getattr(live.memory, entry.name)[ended] = getattr(fresh, entry.name)[ended]
         length = torch.where(ended, 1, last.length)
         live.last = replace(last, step=torch.where(ended, 0, last.step), length=length)
         live.step = torch.where(ended, 0, live.step)
         return live
+
+
+def _answers(
+    drafter: FeatureDrafter, situation: Situation, states: torch.Tensor, steps: torch.Tensor
+) -> torch.Tensor | None:
+    """What gains, where they are the drafter's base, add to hold-x0's drafts at ``states`` [B, W-1, D] of ``steps``."""
+    columns = zip(states.unbind(1), steps.unbind(1), strict=True)
+    answers = [drafter.answer(situation, state, step) for state, step in columns]
+    known = [answer for answer in answers if answer is not None]
+    return torch.stack(known, 1) if known else None
 
 
 def _evaluate(
@@ -286,7 +345,7 @@ def _evaluate(
     )
 
 
-def _as_dict(value: Examples | Anchor | LastWindow) -> dict[str, Any]:
+def _as_dict(value: Examples | Anchor | LastWindow | GainMemory) -> dict[str, Any]:
     """The tensors of a dataclass, by name."""
     entries = {entry.name: getattr(value, entry.name) for entry in fields(value)}
     return {

@@ -71,6 +71,8 @@ class _Run:
         _seed(config.seed)
         base = None if config.base == "none" else cast(Any, config.base)
         self.drafter = FeatureDrafter.from_target(self.target, base=base, sweeps=config.sweeps).float()
+        if config.begin_with is not None:
+            _take_weights(self.drafter, config.begin_with)
         self.ema = EMAModel(self.drafter.parameters(), decay=config.ema_decay) if config.use_ema else None
         optimizer = torch.optim.AdamW(
             self.drafter.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
@@ -357,6 +359,16 @@ def _seed(seed: int) -> None:
     from accelerate.utils import set_seed
 
     set_seed(seed)
+
+
+def _take_weights(drafter: FeatureDrafter, folder: str) -> None:
+    """Those of the drafter in ``folder``, whose base may be another."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"begin_with is {folder!r}, which is no folder")
+    try:
+        drafter.load_state_dict(FeatureDrafter.from_pretrained(folder).state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"begin_with is {folder!r}, whose weights do not fit this drafter: {error}") from error
 
 
 def _load_model(config: DrafterTrainingConfig, model: Any) -> tuple[DiTTarget, Any]:

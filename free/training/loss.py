@@ -9,14 +9,15 @@ import torch
 from free.drafters.feature import Block, FeatureDrafter
 from free.training.examples import Examples
 
-LOSSES = ("mse", "log-delta")
+LOSSES = ("mse", "log-delta", "rejection")
+_LEAST = 1e-12  # of |delta|², whose root has no gradient at zero
 
 
 def drafter_loss(
     drafter: FeatureDrafter,
     examples: Examples,
     *,
-    kind: Literal["mse", "log-delta"] = "log-delta",
+    kind: Literal["mse", "log-delta", "rejection"] = "log-delta",
     feature_weight: float = 0.5,
     smooth_weight: float = 0.005,
     block: Block | None = None,
@@ -30,8 +31,9 @@ def drafter_loss(
     Args:
         drafter: the module whose parameters learn.
         examples: what to learn.
-        kind: of the noise term: ``"mse"``, the paper's, or ``"log-delta"``, ours: log(1 + |delta|²) with the delta of the
-            acceptance test; what is far off is rejected whatever becomes of it, and a step counts by its noise.
+        kind: of the noise term: ``"mse"``, the paper's; ``"log-delta"``, ours: log(1 + |delta|²) with the delta of the
+            acceptance test; what is far off is rejected whatever becomes of it, and a step counts by its noise; or
+            ``"rejection"``, the probability of a rejection, erf(|delta| / sqrt(8)) (FREE, eq. 40).
         feature_weight, smooth_weight: of the paper's other terms.
         block: runs the drafter's forward, where it is wrapped.
 
@@ -46,11 +48,15 @@ def drafter_loss(
         examples.process,
         examples.feature,
         block,
+        examples.answer,
     )
     error = predicted - examples.wanted  # [N, D]
     scale = (examples.process.model_coef / examples.process.std)[examples.step]
     squared_norm = (scale[:, None] * error).square().sum(-1)  # |delta|², [N]
-    of_example = squared_norm.log1p() if kind == "log-delta" else error.square().mean(-1)
+    if kind == "rejection":
+        of_example = torch.erf((squared_norm + _LEAST).sqrt() / 8**0.5)
+    else:
+        of_example = squared_norm.log1p() if kind == "log-delta" else error.square().mean(-1)
     weight = examples.weight / examples.weight.sum()
     noise = (weight * of_example).sum()
     nothing = noise.new_zeros(())

@@ -26,7 +26,7 @@ def test_the_command_is_installed_under_its_own_name() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["calibrate", "--help"], ["compare", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["train-drafter", "--help"], ["compare", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -44,7 +44,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--window", "0"], "is no int of 1 or more"),
         (["demo", "--window", "wide"], "is no int of 1 or more"),
         (["demo", "--unknown"], "unrecognized arguments: --unknown"),
-        (["calibrate"], "the following arguments are required: --output-dir"),
+        (["train-drafter"], "the following arguments are required: --output_dir"),
         (["compare", "--windows", "0"], "is no int of 1 or more"),
         (["compare", "--windows"], "expected at least one argument"),
         (["compare", "--drafters"], "expected at least one argument"),
@@ -122,18 +122,6 @@ def test_a_tiny_model_has_one_thread_and_others_have_all() -> None:
         torch.set_num_threads(before)
 
 
-def test_calibrate_saves_a_drafter_and_compares_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "linear"
-    arguments = ["calibrate", "--steps", "12", "--window", "4", "--num-trajectories", "4", "--eval-samples", "3"]
-    assert main([*arguments, "--output-dir", str(folder)]) == 0
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert 1 <= float(rows["hold-x0"][0]) <= 12
-    assert 1 <= float(rows["linear"][0]) <= 12
-    assert float(rows["gain"][0]) == pytest.approx(float(rows["linear"][0]) - float(rows["hold-x0"][0]), abs=2e-3)
-    drafter = free.LinearDrafter.from_pretrained(folder)
-    assert (drafter.num_steps, drafter.num_bands, drafter.sample_shape) == (12, 8, (1, 8, 8))
-
-
 def test_compare_prints_a_table_and_writes_rows_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure, results = tmp_path / "compare.png", tmp_path / "rows.jsonl"
     arguments = ["compare", "--windows", "2", "3", "--steps", "8", "--samples", "2", "--output", str(figure)]
@@ -176,22 +164,6 @@ def test_compare_is_interrupted_and_resumed(tmp_path: Path) -> None:
     assert len(after.splitlines()) == count
     assert len([line for line in done.stdout.splitlines() if line.strip().startswith(("hold-x0", "gains"))]) == count
     assert figure.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "no-such-folder"], "no model in 'no-such-folder'"),
-        (["--window", "1"], "window is 1; allowed is an int, 2 or more"),
-        (["--guidance-scale", "0.5"], "guidance_scale is 0.5"),
-    ],
-)
-def test_a_calibration_that_cannot_be_is_exit_code_1(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert main(["calibrate", "--output-dir", str(tmp_path / "linear"), *arguments]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "linear").exists()
 
 
 @pytest.mark.parametrize(

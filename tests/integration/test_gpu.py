@@ -61,13 +61,12 @@ def assert_close(got: TargetOutput, expected: TargetOutput) -> None:
 @pytest.mark.usefixtures("_default_sync_mode")
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("drafter", ["hold-x0", "linear"])
+@pytest.mark.parametrize("drafter", ["hold-x0", "gains"])
 @torch.no_grad()
 def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int, captured: bool) -> None:
     process = free.ReverseProcess.ddpm(60)
     request = check_request(target, Options(class_labels=[0, 1, 2], process=process, guidance_scale=1.5, seed=0))
-    linear = free.LinearDrafter(torch.full((60, 3), 0.5), process.timestep, (2, 8, 8))
-    setup = Setup.of(request, linear if drafter == "linear" else as_drafter(drafter), window, "auto")
+    setup = Setup.of(request, as_drafter(drafter), window, "auto")
     assert setup.static_shapes
     for turn_number in range(2):  # the first run compiles kernels and records graphs of every batch size
         graphs = Graphs.of(setup) if captured else None
@@ -141,15 +140,14 @@ def test_conditioning_follows_into_a_kept_graph(target: free.DiTTarget) -> None:
 
 
 def make_drafter(name: str, model: DiTTransformer2DModel, make_dit: Callable[..., DiTTransformer2DModel]) -> Any:
-    if name == "linear, fresh noise":
-        timestep = free.ReverseProcess.ddpm(12).timestep
-        return free.Fresh(free.LinearDrafter(torch.full((12, 3), 0.5), timestep, (2, 8, 8)))
+    if name == "gains, fresh noise":
+        return free.Fresh(free.Gains())
     if name == "feature":
         return free.FeatureDrafter.from_target(model)
     return make_dit(seed=1).cuda() if name == "model" else name
 
 
-@pytest.mark.parametrize("drafter", [None, "hold-x0", "linear, fresh noise", "feature", "model"])
+@pytest.mark.parametrize("drafter", [None, "hold-x0", "gains, fresh noise", "feature", "model"])
 def test_a_raw_model_is_recorded_once_and_its_graphs_read_nothing_that_was_freed(
     make_dit: Callable[..., DiTTransformer2DModel],
     monkeypatch: pytest.MonkeyPatch,

@@ -23,6 +23,7 @@ from tests.analytic import (
 )
 from tests.featured import WIDTH, FeaturedTarget, feature_drafter
 from tests.statistical.drafters import (
+    BlendingDrafter,
     CliffDrafter,
     FeatureLeaningDrafter,
     LeaningDrafter,
@@ -112,8 +113,8 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: s
         "leaning on the feature": lambda: FeatureLeaningDrafter(model),
         "uneven": lambda: UnevenDrafter(model),
         "over the cliff": lambda: CliffDrafter(model),
-        "linear": lambda: random_linear(case),
-        "feature, untrained, one sweep": lambda: feature_drafter("hold-x0", 1).to(device),
+        "blending": lambda: BlendingDrafter(case.steps, case.seed),
+        "feature, untrained, one sweep": lambda: feature_drafter("gains", 1).to(device),
         "feature, untrained, two sweeps": lambda: feature_drafter(None, 2).to(device),
         "feature, untrained, walking": lambda: feature_drafter("hold-x0", 0).to(device),
         "the paper's, untrained": lambda: feature_drafter(None, 0).to(device),
@@ -122,14 +123,6 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: s
         "fresh gains": lambda: free.Fresh(free.Gains()),
     }
     return makers[case.drafter]() if case.drafter in makers else case.drafter
-
-
-def random_linear(case: Case) -> free.LinearDrafter:
-    """A linear drafter that fits the case and nothing else: coefficients at random, beyond 0 and 1 too."""
-    generator = torch.Generator().manual_seed(case.seed)
-    bands = 4 if len(case.shape) == 3 else 1
-    weight = 1.8 * torch.rand(case.steps, 3, bands, generator=generator) - 0.4
-    return free.LinearDrafter(weight, make_process(case).timestep, case.shape, gap_edges=(1, 3))
 
 
 @functools.cache
@@ -184,9 +177,9 @@ CASES: dict[str, Case] = {
     "mixture, gains, W=8, clipped": Case("mixture", "gains", 8, clip=0.8, seed=44),
     "ill-conditioned, gains, W=8": Case("ill-conditioned", "gains", 8, steps=20, samples=6000, seed=45),
     "gaussian, second order, gains, W=4": Case("gaussian", "gains", 4, seed=47, second_order=True),
-    "gaussian, linear, W=4": Case("gaussian", "linear", 4, seed=14, shape=(1, 2, 3)),
-    "gaussian, linear, W=8, guided": Case("gaussian", "linear", 8, guidance_scale=2.0, seed=15),
-    "mixture, linear, W=8, clipped": Case("mixture", "linear", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
+    "gaussian, blending, W=4": Case("gaussian", "blending", 4, seed=14, shape=(1, 2, 3)),
+    "gaussian, blending, W=8, guided": Case("gaussian", "blending", 8, guidance_scale=2.0, seed=15),
+    "mixture, blending, W=8, clipped": Case("mixture", "blending", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
     **{
         f"{target}, {drafter}, W={window}{', clipped' if clip else ''}": Case(
             target, drafter, window, clip=clip, seed=17 + i, shape=FeaturedTarget.sample_shape
@@ -227,7 +220,7 @@ CASES: dict[str, Case] = {
     "gaussian, second order, hold-output, W=4, guided": Case(
         "gaussian", "hold-output", 4, guidance_scale=2.0, seed=26, second_order=True
     ),
-    "mixture, second order, linear, W=8": Case("mixture", "linear", 8, 6000, 15, seed=27, second_order=True),
+    "mixture, second order, blending, W=8": Case("mixture", "blending", 8, 6000, 15, seed=27, second_order=True),
     "mixture, second order, one sweep, W=8": Case(
         "mixture",
         "feature, untrained, one sweep",

@@ -97,6 +97,23 @@ class CliffDrafter(StepDrafter):
         return output
 
 
+class BlendingDrafter(StepDrafter):
+    """Between hold-x0 and hold-output, and beyond both: by a random share of each step and age of the anchor."""
+
+    name = "blending"
+    oldest = 3
+
+    def __init__(self, steps: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.share = 1.8 * torch.rand(steps, self.oldest + 1, generator=generator) - 0.4
+
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        anchor = situation.anchor(step)
+        age = (step - anchor.step).clamp(max=self.oldest)
+        share = self.share.to(state.device)[step, age][:, None]
+        return torch.lerp(anchor.output, anchor.hold_x0(state, step, situation.process), share)
+
+
 class RememberingDrafter(free.Gains):
     """A legal draft that leans on its memory as hard as it can: |delta| = 1.5 along the numbers that lately moved most.
 

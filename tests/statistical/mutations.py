@@ -366,7 +366,7 @@ MUTATIONS: dict[str, Mutation] = {
         ("chain: gaussian, hold-output, W=4", "chain: gaussian, hold-x0, W=8", "chain: ill-conditioned, hold-x0, W=8"),
     ),
     "anchor at step k+1, Situation.anchor": Mutation(
-        _later_anchor("free.drafters.base"), ("chain: gaussian, leaning, W=4", "chain: gaussian, linear, W=4")
+        _later_anchor("free.drafters.base"), ("chain: gaussian, leaning, W=4", "chain: gaussian, blending, W=4")
     ),
     "anchor at step k+1, gains": Mutation(
         _later_anchor("free_kernels.gain_correction.reference"),

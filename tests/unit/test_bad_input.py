@@ -750,10 +750,6 @@ def test_odd_arguments_of_processes_targets_and_plans(dit: DiTTransformer2DModel
         free.as_target(dit, max_forward_batch="4")
     with pytest.raises(ValueError, match=r"statistics is a str; allowed is a free\.SamplingStatistics"):
         free.plan_window(dit, num_inference_steps=4, statistics="x")
-    with pytest.raises(ValueError, match=r"num_trajectories speaks of 2, conditioning speaks of 3"):
-        free.calibrate(
-            GaussianModel(), shape=(3,), conditioning={"o": torch.zeros(3, 1)}, num_trajectories=2, num_inference_steps=4
-        )  # fmt: skip
 
 
 def test_integers_of_any_kind_are_taken(dit: DiTTransformer2DModel) -> None:
@@ -797,10 +793,7 @@ def test_numpy_and_nested_conditioning_have_a_row_a_sample() -> None:
 def test_the_callers_defaults_change_nothing(dit: DiTTransformer2DModel, sample: Any) -> None:
     """torch's default dtype and device, and autocast around a drafter whose arithmetic is its own."""
     common: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 6, "seed": 0}
-    drafters = ["hold-x0"]
-    if sample is free.speculative_sample:
-        drafters += [free.LinearDrafter(torch.full((6, 4), 0.5), ReverseProcess.ddpm(6).timestep, (2, 8, 8))]
-    for drafter in drafters:
+    for drafter in ("hold-x0", "gains") if sample is free.speculative_sample else ("none",):
         given = {**common, **({"drafter": drafter} if sample is free.speculative_sample else {})}
         plain = sample(dit, **given).samples
         for change, value, usual in (
@@ -846,11 +839,11 @@ def test_a_peft_models_base_is_the_dit(dit: DiTTransformer2DModel) -> None:
 
 
 def test_a_drafters_folder_is_a_drafter(dit: DiTTransformer2DModel, tmp_path: Path) -> None:
-    drafter = free.LinearDrafter(torch.full((6, 4), 0.5), ReverseProcess.ddpm(6).timestep, (2, 8, 8))
-    drafter.save_pretrained(tmp_path / "fitted")
+    drafter = free.FeatureDrafter.from_target(dit)
+    drafter.save_pretrained(tmp_path / "trained")
     common: dict[str, Any] = {"class_labels": 1, "num_inference_steps": 6, "seed": 0}
     plain = free.speculative_sample(dit, drafter, **common).samples
-    for given in (tmp_path / "fitted", str(tmp_path / "fitted")):
+    for given in (tmp_path / "trained", str(tmp_path / "trained")):
         assert torch.equal(free.speculative_sample(dit, given, **common).samples, plain)
     with pytest.raises(ValueError, match=r"drafter is 'nowhere'; known are .*, a drafter's folder, or a Drafter"):
         free.speculative_sample(dit, "nowhere", **common)
@@ -859,15 +852,15 @@ def test_a_drafters_folder_is_a_drafter(dit: DiTTransformer2DModel, tmp_path: Pa
 # --- results that would be lost -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_of_another_kind_is_left_as_it_is(dit: DiTTransformer2DModel, tmp_path: Path) -> None:
     from free.outputs import check_folder
 
-    drafter = free.LinearDrafter(torch.full((6, 4), 0.5), ReverseProcess.ddpm(6).timestep, (2, 8, 8))
-    drafter.save_pretrained(tmp_path / "fitted")
-    with pytest.raises(ValueError, match=r"output_dir is '.*fitted', which holds a free-dit linear drafter.*; give another"):
-        check_folder("output_dir", tmp_path / "fitted", "FeatureDrafter")
-    free.LinearDrafter.check_folder("--output-dir", tmp_path / "fitted")  # its own may be written again
-    free.LinearDrafter.check_folder("--output-dir", tmp_path / "new" / "deep")
+    free.FeatureDrafter.from_target(dit).save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"--output-dir is '.*trained', which holds a FeatureDrafter; give another"):
+        check_folder("--output-dir", tmp_path / "trained", "DiTTransformer2DModel")
+    check_folder("output_dir", tmp_path / "trained", "FeatureDrafter")  # its own may be written again
+    check_folder("output_dir", tmp_path / "new" / "deep", "FeatureDrafter")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(OSError, match=r"output_dir is '/proc/nothing', which cannot be made"):
         check_folder("output_dir", Path("/proc/nothing"), "FeatureDrafter")
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-from free import Drafter, Fresh, HoldX0, LinearDrafter, ModelDrafter, ReverseProcess
+from free import Drafter, FeatureDrafter, Fresh, HoldX0, ModelDrafter, ReverseProcess, Situation, StepDrafter
 from free.drafters import as_drafter
 from free.sampling.capture import Graphs, drafter_key
 from free.sampling.likeness import tensors_of
@@ -56,8 +56,22 @@ def kept(setup: Setup) -> object:
     return Graphs.of(setup)._kept
 
 
-def linear(steps: int, weight: float = 0.5, shape: tuple[int, ...] = (5,)) -> LinearDrafter:
-    return LinearDrafter(torch.full((steps, 1), weight), ReverseProcess.ddpm(steps).timestep, shape)
+class Preparing(StepDrafter):
+    """Part of the way from hold-output to hold-x0, by a table that it makes anew for each process."""
+
+    name = "preparing"
+    capturable = True
+
+    def __init__(self) -> None:
+        self.share = torch.tensor(0.5)
+        self._prepared: tuple[ReverseProcess, torch.Tensor] | None = None
+
+    def draft(self, state: torch.Tensor, step: torch.Tensor, situation: Situation) -> torch.Tensor:
+        process = situation.process
+        if self._prepared is None or self._prepared[0] is not process:
+            self._prepared = process, self.share.repeat(process.num_steps)
+        anchor = situation.anchor(step)
+        return torch.lerp(anchor.output, anchor.hold_x0(state, step, process), self._prepared[1][step][:, None])
 
 
 # --- a graph changes nothing -------------------------------------------------------------------------------------------
@@ -203,7 +217,7 @@ def test_who_uses_graphs_has_them_alone(capture: Callable[..., Any]) -> None:
 
 def test_what_a_drafter_prepared_lives_with_the_graphs(capture: Callable[..., Any]) -> None:
     """The tables of another process take the place of those that a graph reads."""
-    drafter, model = Fresh(linear(20)), GaussianModel()
+    drafter, model = Fresh(Preparing()), GaussianModel()
     other = dataclasses.replace(process := ReverseProcess.ddpm(20), std=process.std * 1.5)
     common: dict[str, Any] = {"shape": (5,), "window": 4, "seed": [1, 2]}
     expected = free.speculative_sample(model, drafter, process=process, **common).samples
@@ -254,7 +268,7 @@ def test_guidance_brings_nothing_from_the_host_while_it_is_recorded(capture: Cal
 
 def test_drafters_are_alike_that_a_graph_cannot_tell_apart(make_dit: Callable[..., DiTTransformer2DModel]) -> None:
     dit = make_dit()
-    first, second = linear(8), linear(8)
+    first, second = Preparing(), Preparing()
     for one, other in (
         (HoldX0(), as_drafter("hold-x0")),
         (Fresh(HoldX0()), Fresh(HoldX0())),
@@ -352,5 +366,5 @@ def test_what_is_capturable(dit: DiTTransformer2DModel) -> None:
     assert all(as_drafter(name).capturable for name in free.drafters.DRAFTERS)
     assert as_drafter(dit).capturable
     assert not as_drafter(GaussianModel()).capturable
-    assert LinearDrafter.capturable
+    assert FeatureDrafter.capturable
     assert not Drafter.capturable

@@ -390,7 +390,7 @@ def test_a_line_that_is_no_row_is_named(small: dict[str, Any]) -> None:
 
 def test_words_for_fresh_noise_and_sweeps(small: dict[str, Any], dit: DiTTransformer2DModel, tmp_path: Path) -> None:
     trained = tmp_path / "trained"
-    free.FeatureDrafter.from_target(dit).save_pretrained(trained)
+    free.FeatureDrafter.from_target(dit, base="hold-x0").save_pretrained(trained)
     assert drafter_of(f"{trained}:sweeps=3").sweeps == 3
     assert drafter_of("fresh:hold-x0").name == "hold-x0, fresh noise"
     words = ["hold-x0", "fresh:hold-x0", str(trained), f"fresh:{trained}:sweeps=0"]

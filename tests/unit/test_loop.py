@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-from free import Drafter, LinearDrafter, ReverseProcess
+from free import Drafter, FeatureDrafter, ReverseProcess
 from free.drafters import as_drafter
 from free.sampling.account import Account
 from free.sampling.statistics import Stopwatch
@@ -30,10 +31,6 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def linear(process: ReverseProcess) -> LinearDrafter:
-    return LinearDrafter(torch.full((process.num_steps, 3), 0.5), process.timestep, (2, 8, 8))
-
-
 def second_order(steps: int) -> ReverseProcess:
     angle = torch.linspace(1.5, 0.0, steps + 1, dtype=torch.float64)
     return ReverseProcess.from_levels(angle.cos(), angle.sin(), ReverseProcess.ddpm(steps).timestep, order=2)
@@ -44,11 +41,10 @@ def second_order(steps: int) -> ReverseProcess:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("form", ["plain", "clipped", "second order"])
-@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "gains", "linear", "model"])
+@pytest.mark.parametrize("name", ["hold-x0", "hold-output", "gains", "feature", "model"])
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_round_of_static_shapes_reads_nothing_from_the_device(
     make_dit: Callable[..., DiTTransformer2DModel],
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     window: int,
     form: str,
@@ -58,19 +54,20 @@ def test_a_round_of_static_shapes_reads_nothing_from_the_device(
     request = request_for(make_dit(), class_labels=[1, 2, 3], process=process, guidance_scale=guidance_scale)
     moved = {field: on_meta(getattr(request, field)) for field in ("process", "conditioning", "seed")}
     request = dataclasses.replace(request, target=free.as_target(make_dit().to("meta")), **moved)
-    drafter: Drafter = (
-        linear(process) if name == "linear" else as_drafter(make_dit().to("meta") if name == "model" else name)
-    )
-    # it checks the process where it first meets it, before the first window
-    monkeypatch.setattr(LinearDrafter, "_check_process", lambda self, process: None)
+    drafter: Drafter
+    if name == "feature":
+        drafter = torch.nn.Module.to(FeatureDrafter.from_target(make_dit()), "meta")
+    else:
+        drafter = as_drafter(make_dit().to("meta") if name == "model" else name)
     setup = dataclasses.replace(Setup.of(request, drafter, window, "auto"), static_shapes=True)
     account, watch = Account(20, request.seed), Stopwatch(CPU)
     live = first_window(setup, torch.empty(3, 128, device="meta"))
-    for _ in range(2):
-        live, done = advance(live, setup, window, watch)
-        account.add(live, done)
-        assert live.state.shape == (3, 128)
-        assert done.evaluated == 3 * window
+    with request.target.capture_features() if drafter.needs_features else nullcontext():
+        for _ in range(2):
+            live, done = advance(live, setup, window, watch)
+            account.add(live, done)
+            assert live.state.shape == (3, 128)
+            assert done.evaluated == 3 * window
     assert live.keep((live.step >= 20).int().argsort(stable=True)[:2]).state.shape == (2, 128)
 
 

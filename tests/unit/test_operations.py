@@ -13,7 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import free
-from free import FeatureDrafter, LinearDrafter, Relaxation, ReverseProcess
+from free import FeatureDrafter, Relaxation, ReverseProcess
 from free.drafters import as_drafter
 from free.sampling.account import Account
 from free.sampling.request import Options, check_request
@@ -58,8 +58,6 @@ def launches(
     request = check_request(model, asked)
     if name == "feature":
         drafter = torch.nn.Module.to(FeatureDrafter.from_target(model, **options), "meta")
-    elif name == "linear":
-        drafter = LinearDrafter(torch.full((STEPS, 2, 8), 0.5), process.timestep, SHAPE, (2,))
     else:
         drafter = as_drafter(name)
     moved = {field: on_meta(getattr(request, field)) for field in ("process", "conditioning", "seed")}
@@ -67,8 +65,6 @@ def launches(
     request = dataclasses.replace(request, target=target, **moved)
     operations = Operations()
     with ExitStack() as during:
-        # it reads the process's numbers where it first meets it, before the first window
-        during.enter_context(mock.patch.object(LinearDrafter, "_check_process"))
         for network in (target, drafter):
             if hasattr(network, "forward"):
                 during.enter_context(mock.patch.object(network, "forward", operations.unseen(network.forward)))
@@ -98,8 +94,8 @@ def launches(
         (13, {"name": "hold-x0", "guidance_scale": 1.0}),
         (15, {"name": "hold-x0", "batch": 4, "window": 4, "widest": 8}),
         (11, {"name": "hold-x0", "window": 1}),
-        (70, {"name": "linear"}),
-        (84, {"name": "feature"}),
+        (96, {"name": "feature"}),
+        (84, {"name": "feature", "base": "hold-x0"}),
         (19, {"name": "gains"}),
         (19, {"name": "gains", "batch": 16}),
         (14, {"name": "gains", "window": 1}),

@@ -297,7 +297,7 @@ def test_pilots_draw_from_keys_of_their_own() -> None:
 
 
 def test_what_is_measured_draws_no_noise_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a plan's pilot nor the timing nor a calibration: all noise is made by ``normal`` and ``uniform``."""
+    """Neither a plan's pilot nor the timing: all noise is made by ``normal`` and ``uniform``."""
     drawn: set[int] = set()
 
     def watched(original: Any) -> Any:
@@ -314,7 +314,6 @@ def test_what_is_measured_draws_no_noise_of_the_samples(monkeypatch: pytest.Monk
     common: dict[str, Any] = {"shape": (3,), "num_inference_steps": 8, "impl": "reference"}
     keys = set(check_request(GaussianModel(), Options(shape=(3,), seed=7, num_samples=4)).keys)
     free.plan_window(GaussianModel(), seed=7, num_samples=4, **common)
-    free.calibrate(GaussianModel(), seed=7, num_trajectories=4, **common)
     assert drawn
     assert drawn.isdisjoint(keys)
     free.speculative_sample(GaussianModel(), seed=7, num_samples=4, **common)

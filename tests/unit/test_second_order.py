@@ -79,12 +79,6 @@ def test_a_drafter_that_is_the_target_is_always_accepted_under_guidance() -> Non
     assert stats.mean_delta[tested].max() < 1e-3
 
 
-def test_the_linear_drafter_is_fitted_and_drafts(make_dit: Callable[..., DiTTransformer2DModel]) -> None:
-    fitted = free.calibrate(make_dit(), process=second_order(), num_trajectories=4, seed=1, num_bands=2)
-    out = free.speculative_sample(make_dit(), fitted, process=second_order(), seed=3, window=4)
-    assert torch.isfinite(out.samples).all()
-
-
 def test_a_drafter_trains_on_rounds_of_second_order(make_dit: Callable[..., DiTTransformer2DModel]) -> None:
     from free.training.examples import VisitedWindows
 

@@ -147,30 +147,6 @@ def test_a_model_with_memory_of_its_own(held_by: str) -> None:
     check(sample)
 
 
-class Disturbed(free.LinearDrafter):
-    """What it prepared for one process is replaced at once, as another thread's run under another process would."""
-
-    others: Any = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self.others if name == "_prepared" and self.others else value)
-
-
-def test_a_linear_drafter_under_several_processes() -> None:
-    ours, others = (free.ReverseProcess.ddpm(12, variance=name) for name in ("posterior", "beta"))
-    drafter = Disturbed(torch.linspace(0, 1, 12)[:, None], ours.timestep, (6,))
-    run: dict[str, Any] = {"shape": (6,), "seed": 3, "window": 4}
-    free.speculative_sample(ElementwiseTarget(), drafter, process=others, **run)
-    expected = free.speculative_sample(ElementwiseTarget(), drafter, process=ours, **run).samples
-    free.speculative_sample(ElementwiseTarget(), drafter, process=others, **run)
-    Disturbed.others = drafter._prepared
-    try:
-        got = free.speculative_sample(ElementwiseTarget(), drafter, process=ours, **run).samples
-    finally:
-        Disturbed.others = None
-    assert torch.equal(got, expected)
-
-
 def test_models_that_draft_for_each_other_do_not_wait_for_each_other() -> None:
     pair = (Network().eval(), Network().eval())
 

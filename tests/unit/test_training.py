@@ -109,12 +109,15 @@ def test_delta_is_that_of_the_acceptance_test() -> None:
     expected = (model_coef / std).abs() * examples.wanted.norm(dim=-1)
     torch.testing.assert_close(terms["delta"], expected)
     torch.testing.assert_close(terms["loss"], expected.square().log1p().mean())
+    torch.testing.assert_close(
+        drafter_loss(drafter, examples, kind="rejection")["loss"], 1 - acceptance(expected).mean(), atol=1e-5, rtol=0.0
+    )
 
 
 def test_the_last_step_is_no_example() -> None:
     target = free.as_target(tiny_dit())
     process = target.default_process(4)
-    drafter, source = free.FeatureDrafter.from_target(target), NoisedPairs(target, process, 1.5, unroll=2)
+    drafter, source = free.FeatureDrafter.from_target(target, base="hold-x0"), NoisedPairs(target, process, 1.5, unroll=2)
     examples = source.draw(drafter, lambda: torch.randn(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
     assert set(examples.step.tolist()) == {1, 2}
     assert torch.isfinite(drafter_loss(drafter, examples)["loss"])
@@ -167,8 +170,38 @@ def test_a_round_is_learned_from_as_often_as_asked() -> None:
             (first.wanted, second.wanted),
             (first.step, second.step),
             (first.anchor.state, second.anchor.state),
+            (first.answer, second.answer),
         ):
             assert torch.equal(one, two)
+
+
+def test_what_is_wanted_is_what_the_gains_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every draft: the target's word at the state is hold-x0's draft there, the gains' answer, and what is wanted."""
+    target = free.as_target(tiny_dit())
+    process, labels = target.default_process(12), torch.zeros(6, dtype=torch.int64)
+    drafter = free.FeatureDrafter.from_target(target)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drafter.to_output.weight.normal_(std=0.05)  # the path that the block sees is not the one that is tested
+    rounds: list[Any] = []
+    advance = free.training.examples.advance
+    monkeypatch.setattr(free.training.examples, "advance", lambda *given: rounds.append(advance(*given)) or rounds[-1])
+    visited = VisitedWindows(target, process, 1.5, window=5, pool=6)
+    moved = 0.0
+    for _ in range(8):  # samples end and begin again on the way
+        examples = visited.draw(drafter, lambda: torch.randn(6, 1, 8, 8), labels)
+        done = rounds[-1][1]
+        counted = torch.arange(4) < (done.length - 1)[:, None]
+        # what the block says on the gains' path is what was added to their drafts on the path that followed
+        with torch.no_grad():
+            said, _ = drafter.predict(
+                examples.state, examples.step, examples.anchor, examples.label_embedding, process, answer=examples.answer
+            )
+        scale = (process.model_coef / process.std)[examples.step]
+        delta = scale.abs() * (said - examples.wanted).norm(dim=-1)
+        torch.testing.assert_close(delta, done.verification.squared_norm[counted].sqrt(), atol=1e-3, rtol=1e-3)
+        moved = max(moved, float((scale[:, None] * examples.answer).norm(dim=-1).max()))
+    assert moved > 0.1  # the gains had learned
 
 
 # --- validation
@@ -418,7 +451,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(checkpointing_steps: int, kept:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": "hold"}, "base is 'hold'; allowed are 'hold-x0', 'none'"),
+        ({"base": "hold"}, "base is 'hold'; allowed are 'gains', 'hold-x0', 'none'"),
+        ({"states": "noised"}, "states is 'noised' with base 'gains', which learn from a run; allowed is 'windows'"),
         ({"window": 1}, "window is 1; allowed is 2 or more"),
         ({"subset": 0.0}, "subset is 0.0; allowed is more than 0"),
         ({"label_dropout": 1.5}, "label_dropout is 1.5; allowed is 0 … 1"),
@@ -477,11 +511,11 @@ def test_a_saved_drafter_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "DiTTransformer2DModel"}))
     with pytest.raises(ValueError, match="it is a DiTTransformer2DModel; allowed is a FeatureDrafter"):
         free.FeatureDrafter.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a DiTTransformer2DModel; allowed are a FeatureDrafter and a calibrated"):
+    with pytest.raises(ValueError, match="it is a DiTTransformer2DModel; allowed is a FeatureDrafter"):
         drafter_of(str(tmp_path))
 
 
-@pytest.mark.parametrize("base", [None, "hold-x0"])
+@pytest.mark.parametrize("base", [None, "gains"])
 def test_the_drafter_compiles_as_one_graph(base: Any) -> None:
     drafter = free.FeatureDrafter.from_target(tiny_dit(), base=base)
     with torch.random.fork_rng(devices=[]):
@@ -527,8 +561,23 @@ def test_a_process_of_one_step_drafts_nothing(tmp_path: Path) -> None:
         settings(tmp_path, num_inference_steps=(1,))
 
 
-def test_a_calibrated_drafter_is_not_written_over(tmp_path: Path) -> None:
-    process = free.ReverseProcess.ddpm(6)
-    free.LinearDrafter(torch.ones(6, 1), process.timestep, (1, 8, 8)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"output_dir is .*, which holds a free-dit linear drafter, 1; give another"):
+def test_a_run_begins_with_the_weights_of_a_drafter_of_another_base(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    first = free.FeatureDrafter.from_target(tiny_dit(), base="hold-x0")
+    torch.nn.init.normal_(first.to_output.weight, std=0.01)
+    first.save_pretrained(tmp_path / "first")
+    common = {"begin_with": str(tmp_path / "first"), "max_train_steps": 1, "use_ema": False}
+    drafter = train_drafter(settings(tmp_path / "second", learning_rate=1e-9, **common), tiny_dit())
+    assert drafter.base == "gains"
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(drafter.state_dict()[name], value, atol=1e-6, rtol=0.0)
+    with pytest.raises(ValueError, match=r"begin_with is '.*first', whose weights do not fit this drafter"):
+        train_drafter(settings(tmp_path / "third", base="none", **common), tiny_dit())
+    with pytest.raises(ValueError, match="begin_with is 'nowhere', which is no folder"):
+        train_drafter(settings(tmp_path / "third", **{**common, "begin_with": "nowhere"}), tiny_dit())
+
+
+def test_a_model_is_not_written_over(tmp_path: Path) -> None:
+    tiny_dit().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir is .*, which holds a DiTTransformer2DModel; give another"):
         train_drafter(settings(tmp_path), tiny_dit())

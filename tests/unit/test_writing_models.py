@@ -11,7 +11,6 @@ from diffusers import DiTTransformer2DModel
 
 import free
 from free.drafters import Situation, StepDrafter
-from free.training.calibration import calibrate
 from tests.analytic import ElementwiseTarget
 
 RUN: dict[str, Any] = {"shape": (5,), "num_inference_steps": 14, "seed": [3, 1, 4, 1592]}
@@ -138,11 +137,6 @@ def test_half_precision(sample: Callable[..., free.SamplingOutput]) -> None:
 def test_inference_mode() -> None:
     with torch.inference_mode():
         same(speculative(Writing(), **RUN), speculative(Masked(), **RUN))
-
-
-def test_a_calibration_reads_the_outputs_of_its_own_round() -> None:
-    arguments: dict[str, Any] = {"num_inference_steps": 14, "shape": (5,), "num_trajectories": 4, "seed": 0}
-    assert torch.equal(calibrate(Writing(), **arguments).weight, calibrate(Masked(), **arguments).weight)
 
 
 # --- a DiT is given no copies, unless there is something of the caller's about it ---------------------------------------
