@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from free.drafters import Drafter
+from free.pipelines.batch import Repeated
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.rows import Layout, Rows, Timestep, plain
 from free.pipelines.target import PipelineTarget
@@ -45,6 +46,8 @@ class Plan:
     impl: str
     copies: int = 1
     """How often the pipeline keeps its samples in its latents: 2 where guidance has doubled them before the loop."""
+    repeated: Repeated | None = None
+    """Of ``mode="batch"``, in which the pipeline has a row for each state of the widest window."""
     barrier: Callable[[torch.Tensor], bool] | None = None
     """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
     watch: Watch | None = None
@@ -74,6 +77,8 @@ class Loop:
         self._proposed: Proposed | None = None
         self._window = 1
         self._handed_out: torch.Tensor | None = None
+        self._width = 1 if plan.repeated is None else plan.repeated.width
+        """Rows of the pipeline for each sample."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         try:
@@ -122,11 +127,14 @@ class Loop:
         if output.shape != sample.shape:
             raise UnsupportedPipelineError(
                 f"scheduler.step is given an output of shape {tuple(output.shape)} for a sample of {tuple(sample.shape)}: "
-                "the pipeline works with a fixed number of rows, or with a learned variance, and cannot be speculated"
+                "the pipeline works with a learned variance, or with a fixed number of rows (mode='batch' may allow it); it "
+                "cannot be speculated"
             )
         rows = len(sample) // self.plan.copies
         if self.run is None:
-            self._start(sample[:rows], arguments)
+            if self.plan.repeated is not None:
+                self.plan.repeated.check_output(output)
+            self._start(sample[: rows : self._width], arguments)
         elif not self._is_handed_out(sample):
             raise UnsupportedPipelineError(
                 "the latents were changed between two steps (inpainting by blending, or a callback that returns latents); "
@@ -217,12 +225,14 @@ class Loop:
         states = len(proposed.query.states)
         if len(output) < states:
             raise UnsupportedPipelineError(f"scheduler.step is given {len(output)} rows where the round has {states} states")
+        answer = output[:states] if self.plan.repeated is None else output[self._places()]
         with run.setup.request.running(), run.watch("verification"):
-            live, done = settle(run.live, run.setup, proposed, TargetOutput(output[:states]))
+            live, done = settle(run.live, run.setup, proposed, TargetOutput(answer))
+        done = replace(done, evaluated=len(output))
         run.account.add(live, done)
         turn = run.enter(live, done, self._window)
         if self.plan.watch is not None:
-            self.plan.watch(proposed, output[:states], turn)
+            self.plan.watch(proposed, answer, turn)
         run.release()
 
     def _hand_out(self) -> torch.Tensor:
@@ -238,7 +248,12 @@ class Loop:
                 self._proposed = propose(run.live, run.setup, self._window, until)
             query = self._proposed.query
             sample, states, step = run.live.index[query.sample], query.states, query.step.clamp(max=until - 1)
-            if self._carries_over:  # a state of each finished sample, whose answer nobody reads
+            if self.plan.repeated is not None:  # the other rows are where their samples are, and nobody reads their answers
+                places = self._places()
+                sample = torch.arange(self._batch, device=device).repeat_interleave(self._width)
+                states = self.settled().flatten(1).float()[sample].index_put((places,), states)
+                step = torch.full_like(sample, until - 1).index_put((places,), step)
+            elif self._carries_over:  # a state of each finished sample, whose answer nobody reads
                 rest = torch.ones(self._batch, dtype=torch.bool, device=device)
                 rest[sample] = False
                 rest = rest.nonzero()[:, 0]
@@ -253,12 +268,21 @@ class Loop:
             return samples
         everyone = torch.arange(self._batch, device=device)
         last = request.process.timestep[-1].expand(self._batch)
-        return Rows.of(samples, replace(self._lay_out(number, everyone, last), final=True))
+        return Rows.of(samples, replace(self._lay_out(number, everyone, last), row=everyone * self._width, final=True))
+
+    def _places(self) -> torch.Tensor:
+        """int64 [N]: the pipeline's rows at which the states of the round are, where each sample has a row a state."""
+        assert self.run is not None
+        assert self._proposed is not None
+        query, window = self._proposed.query, self._proposed.proposal.states.shape[1]
+        place = torch.arange(len(query.states), device=query.sample.device) if query.place is None else query.place
+        return self.run.live.index[query.sample] * self._width + place % window
 
     def _lay_out(self, number: int, sample: torch.Tensor, timestep: torch.Tensor) -> Layout:
-        timestep = timestep.to(self.timesteps)
+        timestep, batch = timestep.to(self.timesteps), self._batch * self._width
+        row = sample if self._width == 1 else torch.arange(len(sample), device=sample.device)
         # where the pipeline makes a number of it, the largest says most about how: 0 is the same in any unit
-        return Layout(number, sample, self._batch, timestep, timestep[timestep.abs().argmax()], self._carry_over)
+        return Layout(number, sample, row, batch, timestep, timestep[timestep.abs().argmax()], self._carry_over)
 
     def _as_latents(self, states: torch.Tensor) -> torch.Tensor:
         assert self.run is not None

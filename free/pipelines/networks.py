@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from free.pipelines.batch import Repeated
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.rows import Layout, Rows, Timestep, change_tensors, plain, tensors_in
 
@@ -49,8 +50,10 @@ def _parameters(module: torch.nn.Module) -> list[str]:
 class Network:
     """Calls one network for a pipeline's loop: rows of the conditioning for the states, and a timestep for each."""
 
-    def __init__(self, name: str, module: torch.nn.Module, num_train_timesteps: int) -> None:
-        self.name, self.module = name, module
+    def __init__(
+        self, name: str, module: torch.nn.Module, num_train_timesteps: int, repeated: Repeated | None = None
+    ) -> None:
+        self.name, self.module, self.repeated = name, module, repeated
         self.parameters = _parameters(module)
         self.timestep_name = timestep_name(module)
         self.recipes = _recipes(num_train_timesteps)
@@ -95,7 +98,7 @@ class Network:
         if rest or not groups:
             raise UnsupportedPipelineError(
                 f"{self.name} is called with {len(states)} rows where the round has {len(layout)} states; the pipeline "
-                "works with a fixed number of rows and cannot be speculated"
+                "works with a fixed number of rows and cannot be speculated (mode='batch' may allow it)"
             )
 
         def change(name: str, value: Any) -> Any:
@@ -120,7 +123,11 @@ class Network:
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], shown: torch.Tensor) -> None:
         """Note what the pipeline made of the timestep ``shown`` [] of all rows."""
-        given = (dict(zip(self.parameters, args, strict=False)) | kwargs).get(self.timestep_name or "")
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        if self.repeated is not None:
+            with_rows = {name: value for name, value in named.items() if name not in (*_WITHOUT_ROWS, *_POSITIONS)}
+            self.repeated.check_arguments(self.name, self.parameters[0], with_rows)
+        given = named.get(self.timestep_name or "")
         if isinstance(given, torch.Tensor):
             self.recipes = self._fitting(given, shown) or self.recipes
 

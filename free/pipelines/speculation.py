@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from free.drafters import Drafter
+from free.pipelines.batch import Repeated
 from free.pipelines.callbacks import OBSERVED, watch_call
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
@@ -47,8 +48,10 @@ class Speculation:
         seed: Sequence[int] | None,
         options: ProcessOptions,
         impl: str,
+        mode: str = "ragged",
     ) -> None:
-        check_pipeline_class(pipe)
+        check_pipeline_class(pipe, mode)
+        self._repeated = Repeated(type(pipe), schedule.widest) if mode == "batch" else None
         self.pipe: Any = pipe
         self.schedule, self.drafter, self.relaxation = schedule, drafter, relaxation
         self.seed, self.options, self.impl = seed, options, impl
@@ -104,6 +107,8 @@ class Speculation:
             check_arguments(arguments)
             check_guiders(pipe.components)
             watch_call(bound, self)
+            if self._repeated is not None:
+                self._repeated.ask(bound.arguments)
             with self.calling(arguments):
                 return change_tensors(own.__call__(*bound.args, **bound.kwargs), plain)
 
@@ -113,6 +118,8 @@ class Speculation:
             "__qualname__": own.__qualname__,
             "_free_speculation": self,
         }
+        if self._repeated is not None:
+            members["prepare_latents"] = self._repeated.prepare_latents()
         if hasattr(own, "interrupt") and OBSERVED in signature.parameters:
             # what a round hands out are drafts: a pipeline passes through the rest only once it was given what is settled
             members["interrupt"] = property(lambda pipe: self._loop is not None and self._loop.interrupted)
@@ -135,7 +142,7 @@ class Speculation:
             # not by setattr, which would enter it into the pipeline's configuration
             during.callback(pipe.__dict__.__setitem__, "scheduler", own)
             pipe.__dict__["scheduler"] = self.scheduler
-            self._networks = [Network(name, module, steps) for name, module in networks.items()]
+            self._networks = [Network(name, module, steps, self._repeated) for name, module in networks.items()]
             for network in self._networks:
                 during.enter_context(network.wrapped(self._shown_first))
             yield
@@ -155,6 +162,7 @@ class Speculation:
             seed=self.seed,
             impl=self.impl,
             copies=self._copies(),
+            repeated=self._repeated,
             barrier=self._barrier(),
             watch=self.watch,
         )
