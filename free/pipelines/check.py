@@ -70,7 +70,7 @@ class PipelineCheck:
 def check_pipeline(
     pipe: DiffusionPipeline,
     *,
-    window: int | WindowPlan = 5,
+    window: int | str | WindowPlan = 5,
     mode: str = "ragged",
     drafter: str | Drafter | Any = "hold-x0",
     tolerance: float | None = None,

@@ -8,7 +8,7 @@ hands out the samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from free.drafters import Drafter
 from free.pipelines.batch import Repeated
 from free.pipelines.errors import UnsupportedPipelineError
+from free.pipelines.planning import exploring_window
 from free.pipelines.rows import Layout, Rows, Timestep, plain
 from free.pipelines.target import PipelineTarget
 from free.processes import ReverseProcess
@@ -25,7 +26,7 @@ from free.sampling.relaxation import Relaxation
 from free.sampling.request import Request
 from free.sampling.window import Proposed, Setup, propose, settle
 from free.targets import TargetOutput
-from free.windows import Schedule
+from free.windows import Schedule, seconds_now
 
 Watch = Callable[[Proposed, torch.Tensor, Turn], None]
 """Of a round: what was asked, what was answered [N, *sample shape], and what came of it."""
@@ -38,12 +39,15 @@ class Plan:
     networks: dict[str, torch.nn.Module]
     process: Callable[[dict[str, Any]], ReverseProcess]
     """Of the whole schedule, given the arguments of the first ``step``."""
-    schedule: Schedule
+    schedule: Schedule | None
+    """None is chosen on the way."""
     drafter: Drafter
     relaxation: Relaxation | None
     seed: Sequence[int] | None
     """One a sample; None makes them of the latents."""
     impl: str
+    setting: Callable[[], Hashable]
+    """What makes calls take as long as each other, beside what is known here; asked in the first ``step``."""
     copies: int = 1
     """How often the pipeline keeps its samples in its latents: 2 where guidance has doubled them before the loop."""
     repeated: Repeated | None = None
@@ -52,6 +56,17 @@ class Plan:
     """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
     watch: Watch | None = None
     """Told of every round."""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A round under way, by the clock."""
+
+    begin: float
+    window: int
+    states: int
+    whole: bool
+    """Whether all states of its windows count."""
 
 
 class Loop:
@@ -77,6 +92,7 @@ class Loop:
         self._proposed: Proposed | None = None
         self._window = 1
         self._handed_out: torch.Tensor | None = None
+        self._timed: _Timed | None = None
         self._width = 1 if plan.repeated is None else plan.repeated.width
         """Rows of the pipeline for each sample."""
 
@@ -142,7 +158,9 @@ class Loop:
             )
         self._answered = True
         self._settle(output[:rows])
-        return self._hand_out()
+        handed_out = self._hand_out()
+        self._time()
+        return handed_out
 
     def settled(self) -> torch.Tensor:
         """[B, *sample shape], in the pipeline's dtype: where each sample stands."""
@@ -186,21 +204,37 @@ class Loop:
         plan.drafter.check(target)
         seed = torch.tensor(keys, dtype=torch.int64, device=sample.device)
         request = Request(target, process, {}, 1.0, shape, seed, state)
-        if not plan.schedule.keys.isdisjoint(request.keys):
+        if plan.schedule is not None and not plan.schedule.keys.isdisjoint(request.keys):
             raise ValueError(
                 "window is a plan that was made from statistics of the same latents: it has seen their noise, and would "
                 "bias the samples; allowed are other latents, or a plan that was made without statistics"
             )
         if plan.relaxation is not None:
             plan.relaxation.check(target, process)
-        reach = plan.schedule.reach(process)
-        setup = Setup.of(request, plan.drafter, plan.schedule.widest, plan.impl, reach, plan.relaxation)
+        schedule = plan.schedule
+        if schedule is None:
+            schedule = exploring_window(request, plan.drafter, plan.relaxation, (plan.impl, plan.setting()))
+        setup = Setup.of(request, plan.drafter, schedule.widest, plan.impl, schedule.reach(process), plan.relaxation)
         self.run = Run(setup)
-        self.run.begin(plan.schedule)
+        self.run.begin(schedule)
         self._barriers = self._find_barriers(process)
         with request.running():
             self._proposed = propose(self.run.live, setup, self._window)
         self._batch = len(sample)
+
+    def _time(self) -> None:
+        """Tell the schedule what a round took from ``step`` to ``step``, all that the pipeline does in it included; not the
+        first one, which is of another kind, nor one with states that do not count.
+        """
+        run, before = self.run, self._timed
+        assert run is not None
+        now = seconds_now(run.state.device)
+        if before is not None and before.whole:
+            run.schedule.time(before.window, before.states, now - before.begin)
+        self._timed = None
+        if run.unfinished and self._proposed is not None:
+            states, rows = len(self._proposed.query.states), len(run.live.index)
+            self._timed = _Timed(now, self._window, states, states == self._window * rows)
 
     def _is_handed_out(self, sample: torch.Tensor) -> bool:
         """Whether these are the states of the round, which the pipeline may have rounded to a dtype of its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,8 +56,11 @@ class Network:
         self.name, self.module, self.repeated = name, module, repeated
         self.parameters = _parameters(module)
         self.timestep_name = timestep_name(module)
+        self._compiled = "_compiled_call_impl" in module.__dict__ or hasattr(module, "_orig_mod")
         self.recipes = _recipes(num_train_timesteps)
         """What the pipeline may make of the loop's timestep where only a number arrives; those that never failed."""
+        self.calls: list[Hashable] = []
+        """What the calls of the first round had in common with those that take as long."""
 
     @contextmanager
     def wrapped(self, shown_first: Callable[[], torch.Tensor | None]) -> Iterator[None]:
@@ -127,6 +130,8 @@ class Network:
         if self.repeated is not None:
             with_rows = {name: value for name, value in named.items() if name not in (*_WITHOUT_ROWS, *_POSITIONS)}
             self.repeated.check_arguments(self.name, self.parameters[0], with_rows)
+        states = tuple(tuple(values.shape) for values in tensors_in(named[self.parameters[0]]))
+        self.calls.append((self.name, self._compiled, states))
         given = named.get(self.timestep_name or "")
         if isinstance(given, torch.Tensor):
             self.recipes = self._fitting(given, shown) or self.recipes

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def speculate(
     pipe: DiffusionPipeline,
     *,
-    window: int | WindowPlan = 8,
+    window: int | str | WindowPlan = 8,
     mode: str = "ragged",
     drafter: str | Drafter | Any = "hold-x0",
     relaxation: Relaxation | None = None,
@@ -47,7 +47,9 @@ def speculate(
     Args:
         pipe: any ``DiffusionPipeline`` with one scheduler; what cannot be speculated is refused by name.
         window: W, states of a sample evaluated in one round, or a plan of :func:`free.plan_window`; the first round of a
-            call has one.
+            call has one. ``"auto"`` chooses, of 1 … 64, what settles most steps a second here: it times the rounds that it
+            takes, wider ones as long as they might pay, and remembers them with the networks. A call whose latents were
+            drawn before begins without that memory.
         mode: ``"ragged"`` shows the pipeline as many states as there are, which changes from round to round. ``"batch"`` is
             for pipelines that forbid it (perturbed attention guidance, Z-Image with guidance): they are asked for W times as
             many samples of each prompt and have a row for each state of every round, those that do not count included. The
@@ -77,10 +79,12 @@ def speculate(
         )
     check_window(window)
     schedule = schedule_of(window)
-    if schedule is None:
-        raise ValueError("window is 'auto'; in a pipeline allowed is an int, 1 or more, or a plan of free.plan_window")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}")
+    if schedule is None and mode == "batch":
+        raise ValueError(
+            "window is 'auto'; where mode is 'batch', which has as many rows in each round, allowed is an int or a plan"
+        )
     drafter = as_drafter(drafter)
     if isinstance(drafter, ModelDrafter) or drafter.needs_features:
         raise ValueError(

@@ -6,7 +6,7 @@ import functools
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class Speculation:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        schedule: Schedule,
+        schedule: Schedule | None,
         drafter: Drafter,
         relaxation: Relaxation | None,
         seed: Sequence[int] | None,
@@ -51,7 +51,7 @@ class Speculation:
         mode: str = "ragged",
     ) -> None:
         check_pipeline_class(pipe, mode)
-        self._repeated = Repeated(type(pipe), schedule.widest) if mode == "batch" else None
+        self._repeated = Repeated(type(pipe), schedule.widest) if mode == "batch" and schedule else None
         self.pipe: Any = pipe
         self.schedule, self.drafter, self.relaxation = schedule, drafter, relaxation
         self.seed, self.options, self.impl = seed, options, impl
@@ -161,6 +161,7 @@ class Speculation:
             relaxation=self.relaxation,
             seed=self.seed,
             impl=self.impl,
+            setting=self._setting,
             copies=self._copies(),
             repeated=self._repeated,
             barrier=self._barrier(),
@@ -175,10 +176,17 @@ class Speculation:
                 stats.total_seconds = time.perf_counter() - begin
                 stats.seconds["target"] = stats.total_seconds - stats.seconds["draft"] - stats.seconds["verification"]
                 stats.sampler = self._sampler
-                stats.keys = self.schedule.keys.union(loop.run.setup.request.keys)
+                stats.keys = loop.run.schedule.keys.union(loop.run.setup.request.keys)
                 self.history.append(stats)
         finally:
             self._loop = None
+
+    def _setting(self) -> Hashable:
+        """Of a call under way: what its networks were shown in the first round, and how they are guided."""
+        words = ("guidance", "cfg")
+        guidance = {name: value for name, value in self._arguments.items() if any(word in name for word in words)}
+        calls = tuple(call for network in self._networks for call in network.calls)
+        return calls, tuple((name, str(value)) for name, value in guidance.items() if not isinstance(value, torch.Tensor))
 
     def _process(self, arguments: dict[str, Any]) -> ReverseProcess:
         """Of the schedule as the pipeline has set it, and of what it gives the scheduler's first step."""

@@ -14,6 +14,7 @@ import torch
 
 from free.windows.schedule import WINDOWS
 
+DEAR = 1.8  # times the seconds for twice the states
 _REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
 _ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
 _MEASUREMENTS = 3  # that are remembered
@@ -92,10 +93,17 @@ def by_window(run: Callable[[int], Any], device: torch.device, widest: int) -> d
             for one in pair:
                 taken[one] = min(taken[one], _timed(run, one, device))
         # twice as wide goes less than twice as far
-        dear = dear + 1 if window > 1 and taken[window] > 1.8 * taken[window // 2] else 0
+        dear = dear + 1 if window > 1 and taken[window] > DEAR * taken[window // 2] else 0
         if dear == 2:
             break
     return taken
+
+
+def seconds_now(device: torch.device) -> float:
+    """A clock for what the host does or waits for; two looks at it say how long something took."""
+    # a single thread's own time is not stretched by what else the machine does
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time() if alone else time.perf_counter()
 
 
 def _timed(run: Callable[[int], Any], window: int, device: torch.device) -> float:
@@ -106,8 +114,6 @@ def _timed(run: Callable[[int], Any], window: int, device: torch.device) -> floa
             run(window)
         torch.cuda.synchronize(device)
         return (time.perf_counter() - begin) / _ROUNDS_ON_CUDA
-    # a single thread's own time is not stretched by what else the machine does
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
+    begin = seconds_now(device)
     run(window)
-    return clock() - begin
+    return seconds_now(device) - begin
