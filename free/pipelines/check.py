@@ -70,7 +70,8 @@ class PipelineCheck:
 def check_pipeline(
     pipe: DiffusionPipeline,
     *,
-    window: int | WindowPlan = 5,
+    window: int | str | WindowPlan = 5,
+    mode: str = "ragged",
     drafter: str | Drafter | Any = "hold-x0",
     tolerance: float | None = None,
     verbose: bool = True,
@@ -85,7 +86,7 @@ def check_pipeline(
 
     Args:
         pipe: as in :func:`free.speculate`.
-        window, drafter: the same.
+        window, mode, drafter: the same.
         tolerance: of the worst error over the largest output; left out, 1e-4 in float32, 2e-2 in float16, 0.1 in bfloat16.
         verbose: print the result.
         call: the arguments of the pipeline's call, which must say its random numbers: ``generator``, or none, for which
@@ -103,7 +104,7 @@ def check_pipeline(
     record = _Record()
     with _repeatable(generators):
         try:
-            with speculate(pipe, window=window, drafter=drafter) as run:
+            with speculate(pipe, window=window, mode=mode, drafter=drafter) as run:
                 run.watch = record.enter
                 pipe(**call)
                 stats = run.stats

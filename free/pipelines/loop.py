@@ -8,14 +8,16 @@ hands out the samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from free.drafters import Drafter
+from free.pipelines.batch import Repeated
 from free.pipelines.errors import UnsupportedPipelineError
+from free.pipelines.planning import exploring_window
 from free.pipelines.rows import Layout, Rows, Timestep, plain
 from free.pipelines.target import PipelineTarget
 from free.processes import ReverseProcess
@@ -24,7 +26,7 @@ from free.sampling.relaxation import Relaxation
 from free.sampling.request import Request
 from free.sampling.window import Proposed, Setup, propose, settle
 from free.targets import TargetOutput
-from free.windows import Schedule
+from free.windows import Schedule, seconds_now
 
 Watch = Callable[[Proposed, torch.Tensor, Turn], None]
 """Of a round: what was asked, what was answered [N, *sample shape], and what came of it."""
@@ -37,18 +39,34 @@ class Plan:
     networks: dict[str, torch.nn.Module]
     process: Callable[[dict[str, Any]], ReverseProcess]
     """Of the whole schedule, given the arguments of the first ``step``."""
-    schedule: Schedule
+    schedule: Schedule | None
+    """None is chosen on the way."""
     drafter: Drafter
     relaxation: Relaxation | None
     seed: Sequence[int] | None
     """One a sample; None makes them of the latents."""
     impl: str
+    setting: Callable[[], Hashable]
+    """What makes calls take as long as each other, beside what is known here; asked in the first ``step``."""
     copies: int = 1
     """How often the pipeline keeps its samples in its latents: 2 where guidance has doubled them before the loop."""
+    repeated: Repeated | None = None
+    """Of ``mode="batch"``, in which the pipeline has a row for each state of the widest window."""
     barrier: Callable[[torch.Tensor], bool] | None = None
     """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
     watch: Watch | None = None
     """Told of every round."""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A round under way, by the clock."""
+
+    begin: float
+    window: int
+    states: int
+    whole: bool
+    """Whether all states of its windows count."""
 
 
 class Loop:
@@ -74,6 +92,9 @@ class Loop:
         self._proposed: Proposed | None = None
         self._window = 1
         self._handed_out: torch.Tensor | None = None
+        self._timed: _Timed | None = None
+        self._width = 1 if plan.repeated is None else plan.repeated.width
+        """Rows of the pipeline for each sample."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         try:
@@ -122,11 +143,14 @@ class Loop:
         if output.shape != sample.shape:
             raise UnsupportedPipelineError(
                 f"scheduler.step is given an output of shape {tuple(output.shape)} for a sample of {tuple(sample.shape)}: "
-                "the pipeline works with a fixed number of rows, or with a learned variance, and cannot be speculated"
+                "the pipeline works with a learned variance, or with a fixed number of rows (mode='batch' may allow it); it "
+                "cannot be speculated"
             )
         rows = len(sample) // self.plan.copies
         if self.run is None:
-            self._start(sample[:rows], arguments)
+            if self.plan.repeated is not None:
+                self.plan.repeated.check_output(output)
+            self._start(sample[: rows : self._width], arguments)
         elif not self._is_handed_out(sample):
             raise UnsupportedPipelineError(
                 "the latents were changed between two steps (inpainting by blending, or a callback that returns latents); "
@@ -134,7 +158,9 @@ class Loop:
             )
         self._answered = True
         self._settle(output[:rows])
-        return self._hand_out()
+        handed_out = self._hand_out()
+        self._time()
+        return handed_out
 
     def settled(self) -> torch.Tensor:
         """[B, *sample shape], in the pipeline's dtype: where each sample stands."""
@@ -178,21 +204,37 @@ class Loop:
         plan.drafter.check(target)
         seed = torch.tensor(keys, dtype=torch.int64, device=sample.device)
         request = Request(target, process, {}, 1.0, shape, seed, state)
-        if not plan.schedule.keys.isdisjoint(request.keys):
+        if plan.schedule is not None and not plan.schedule.keys.isdisjoint(request.keys):
             raise ValueError(
                 "window is a plan that was made from statistics of the same latents: it has seen their noise, and would "
                 "bias the samples; allowed are other latents, or a plan that was made without statistics"
             )
         if plan.relaxation is not None:
             plan.relaxation.check(target, process)
-        reach = plan.schedule.reach(process)
-        setup = Setup.of(request, plan.drafter, plan.schedule.widest, plan.impl, reach, plan.relaxation)
+        schedule = plan.schedule
+        if schedule is None:
+            schedule = exploring_window(request, plan.drafter, plan.relaxation, (plan.impl, plan.setting()))
+        setup = Setup.of(request, plan.drafter, schedule.widest, plan.impl, schedule.reach(process), plan.relaxation)
         self.run = Run(setup)
-        self.run.begin(plan.schedule)
+        self.run.begin(schedule)
         self._barriers = self._find_barriers(process)
         with request.running():
             self._proposed = propose(self.run.live, setup, self._window)
         self._batch = len(sample)
+
+    def _time(self) -> None:
+        """Tell the schedule what a round took from ``step`` to ``step``, all that the pipeline does in it included; not the
+        first one, which is of another kind, nor one with states that do not count.
+        """
+        run, before = self.run, self._timed
+        assert run is not None
+        now = seconds_now(run.state.device)
+        if before is not None and before.whole:
+            run.schedule.time(before.window, before.states, now - before.begin)
+        self._timed = None
+        if run.unfinished and self._proposed is not None:
+            states, rows = len(self._proposed.query.states), len(run.live.index)
+            self._timed = _Timed(now, self._window, states, states == self._window * rows)
 
     def _is_handed_out(self, sample: torch.Tensor) -> bool:
         """Whether these are the states of the round, which the pipeline may have rounded to a dtype of its own."""
@@ -217,12 +259,14 @@ class Loop:
         states = len(proposed.query.states)
         if len(output) < states:
             raise UnsupportedPipelineError(f"scheduler.step is given {len(output)} rows where the round has {states} states")
+        answer = output[:states] if self.plan.repeated is None else output[self._places()]
         with run.setup.request.running(), run.watch("verification"):
-            live, done = settle(run.live, run.setup, proposed, TargetOutput(output[:states]))
+            live, done = settle(run.live, run.setup, proposed, TargetOutput(answer))
+        done = replace(done, evaluated=len(output))
         run.account.add(live, done)
         turn = run.enter(live, done, self._window)
         if self.plan.watch is not None:
-            self.plan.watch(proposed, output[:states], turn)
+            self.plan.watch(proposed, answer, turn)
         run.release()
 
     def _hand_out(self) -> torch.Tensor:
@@ -238,7 +282,12 @@ class Loop:
                 self._proposed = propose(run.live, run.setup, self._window, until)
             query = self._proposed.query
             sample, states, step = run.live.index[query.sample], query.states, query.step.clamp(max=until - 1)
-            if self._carries_over:  # a state of each finished sample, whose answer nobody reads
+            if self.plan.repeated is not None:  # the other rows are where their samples are, and nobody reads their answers
+                places = self._places()
+                sample = torch.arange(self._batch, device=device).repeat_interleave(self._width)
+                states = self.settled().flatten(1).float()[sample].index_put((places,), states)
+                step = torch.full_like(sample, until - 1).index_put((places,), step)
+            elif self._carries_over:  # a state of each finished sample, whose answer nobody reads
                 rest = torch.ones(self._batch, dtype=torch.bool, device=device)
                 rest[sample] = False
                 rest = rest.nonzero()[:, 0]
@@ -253,12 +302,21 @@ class Loop:
             return samples
         everyone = torch.arange(self._batch, device=device)
         last = request.process.timestep[-1].expand(self._batch)
-        return Rows.of(samples, replace(self._lay_out(number, everyone, last), final=True))
+        return Rows.of(samples, replace(self._lay_out(number, everyone, last), row=everyone * self._width, final=True))
+
+    def _places(self) -> torch.Tensor:
+        """int64 [N]: the pipeline's rows at which the states of the round are, where each sample has a row a state."""
+        assert self.run is not None
+        assert self._proposed is not None
+        query, window = self._proposed.query, self._proposed.proposal.states.shape[1]
+        place = torch.arange(len(query.states), device=query.sample.device) if query.place is None else query.place
+        return self.run.live.index[query.sample] * self._width + place % window
 
     def _lay_out(self, number: int, sample: torch.Tensor, timestep: torch.Tensor) -> Layout:
-        timestep = timestep.to(self.timesteps)
+        timestep, batch = timestep.to(self.timesteps), self._batch * self._width
+        row = sample if self._width == 1 else torch.arange(len(sample), device=sample.device)
         # where the pipeline makes a number of it, the largest says most about how: 0 is the same in any unit
-        return Layout(number, sample, self._batch, timestep, timestep[timestep.abs().argmax()], self._carry_over)
+        return Layout(number, sample, row, batch, timestep, timestep[timestep.abs().argmax()], self._carry_over)
 
     def _as_latents(self, states: torch.Tensor) -> torch.Tensor:
         assert self.run is not None

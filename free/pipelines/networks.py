@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from free.pipelines.batch import Repeated
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.rows import Layout, Rows, Timestep, change_tensors, plain, tensors_in
 
@@ -49,12 +50,17 @@ def _parameters(module: torch.nn.Module) -> list[str]:
 class Network:
     """Calls one network for a pipeline's loop: rows of the conditioning for the states, and a timestep for each."""
 
-    def __init__(self, name: str, module: torch.nn.Module, num_train_timesteps: int) -> None:
-        self.name, self.module = name, module
+    def __init__(
+        self, name: str, module: torch.nn.Module, num_train_timesteps: int, repeated: Repeated | None = None
+    ) -> None:
+        self.name, self.module, self.repeated = name, module, repeated
         self.parameters = _parameters(module)
         self.timestep_name = timestep_name(module)
+        self._compiled = "_compiled_call_impl" in module.__dict__ or hasattr(module, "_orig_mod")
         self.recipes = _recipes(num_train_timesteps)
         """What the pipeline may make of the loop's timestep where only a number arrives; those that never failed."""
+        self.calls: list[Hashable] = []
+        """What the calls of the first round had in common with those that take as long."""
 
     @contextmanager
     def wrapped(self, shown_first: Callable[[], torch.Tensor | None]) -> Iterator[None]:
@@ -95,7 +101,7 @@ class Network:
         if rest or not groups:
             raise UnsupportedPipelineError(
                 f"{self.name} is called with {len(states)} rows where the round has {len(layout)} states; the pipeline "
-                "works with a fixed number of rows and cannot be speculated"
+                "works with a fixed number of rows and cannot be speculated (mode='batch' may allow it)"
             )
 
         def change(name: str, value: Any) -> Any:
@@ -120,7 +126,13 @@ class Network:
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], shown: torch.Tensor) -> None:
         """Note what the pipeline made of the timestep ``shown`` [] of all rows."""
-        given = (dict(zip(self.parameters, args, strict=False)) | kwargs).get(self.timestep_name or "")
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        if self.repeated is not None:
+            with_rows = {name: value for name, value in named.items() if name not in (*_WITHOUT_ROWS, *_POSITIONS)}
+            self.repeated.check_arguments(self.name, self.parameters[0], with_rows)
+        states = tuple(tuple(values.shape) for values in tensors_in(named[self.parameters[0]]))
+        self.calls.append((self.name, self._compiled, states))
+        given = named.get(self.timestep_name or "")
         if isinstance(given, torch.Tensor):
             self.recipes = self._fitting(given, shown) or self.recipes
 

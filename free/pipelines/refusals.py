@@ -59,19 +59,19 @@ PIPELINES: dict[str, str] = {
 """Beginning of a class's name, and why such a pipeline cannot be speculated."""
 
 
-PERTURBED = "perturbed attention guidance copies latents by the number of prompts, and layers count on it"
-"""Why pipelines of PAG are refused, whatever their name begins with."""
+PERTURBED = "perturbed attention guidance copies latents by the number of prompts; allowed is mode='batch'"
+"""Why pipelines of PAG are refused where the number of rows varies, whatever their name begins with."""
 
 
-def check_pipeline_class(pipe: Any) -> None:
-    """Raise for a pipeline that cannot be speculated whatever it is asked for."""
+def check_pipeline_class(pipe: Any, mode: str) -> None:
+    """Raise for a pipeline that cannot be speculated, in this mode, whatever it is asked for."""
     from diffusers import DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe is a {type(pipe).__name__}; allowed is a diffusers DiffusionPipeline")
     name = type(pipe).__name__
-    if "PAG" in name:
+    if "PAG" in name and mode == "ragged":
         raise UnsupportedPipelineError(f"pipe is a {name}, which cannot be speculated: {PERTURBED}")
     for beginning, reason in PIPELINES.items():
         if name.startswith(beginning):

@@ -24,8 +24,10 @@ class Layout:
     """Of the round, counted from 0."""
     sample: torch.Tensor
     """int64 [n]: which of the pipeline's B samples each state belongs to."""
+    row: torch.Tensor
+    """int64 [n]: which of the rows that the pipeline has prepared each state meets; its sample's, if that has one."""
     batch: int
-    """B."""
+    """Rows that the pipeline has prepared: B, or as many a sample as its window has states."""
     timestep: torch.Tensor
     """[n]: the scheduler's timestep of each state."""
     shown: torch.Tensor
@@ -39,10 +41,10 @@ class Layout:
         return len(self.sample)
 
     def index(self, groups: int, inner: int) -> torch.Tensor:
-        """int64 [groups * n * inner]: the rows of a tensor [groups * B * inner, ...] that belong to the states."""
-        device = self.sample.device
+        """int64 [groups * n * inner]: the rows of a tensor [groups * batch * inner, ...] that belong to the states."""
+        device = self.row.device
         group = self.batch * torch.arange(groups, device=device)[:, None, None]
-        return ((group + self.sample[:, None]) * inner + torch.arange(inner, device=device)).flatten()
+        return ((group + self.row[:, None]) * inner + torch.arange(inner, device=device)).flatten()
 
 
 class Rows(torch.Tensor):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from free.drafters import Drafter, ModelDrafter, as_drafter
+from free.pipelines.batch import MODES
 from free.pipelines.process import ProcessOptions
 from free.pipelines.speculation import Speculation
 from free.sampling.relaxation import Relaxation
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def speculate(
     pipe: DiffusionPipeline,
     *,
-    window: int | WindowPlan = 8,
+    window: int | str | WindowPlan = 8,
+    mode: str = "ragged",
     drafter: str | Drafter | Any = "hold-x0",
     relaxation: Relaxation | None = None,
     seed: Sequence[int] | None = None,
@@ -45,7 +47,13 @@ def speculate(
     Args:
         pipe: any ``DiffusionPipeline`` with one scheduler; what cannot be speculated is refused by name.
         window: W, states of a sample evaluated in one round, or a plan of :func:`free.plan_window`; the first round of a
-            call has one.
+            call has one. ``"auto"`` chooses, of 1 … 64, what settles most steps a second here: it times the rounds that it
+            takes, wider ones as long as they might pay, and remembers them with the networks. A call whose latents were
+            drawn before begins without that memory.
+        mode: ``"ragged"`` shows the pipeline as many states as there are, which changes from round to round. ``"batch"`` is
+            for pipelines that forbid it (perturbed attention guidance, Z-Image with guidance): they are asked for W times as
+            many samples of each prompt and have a row for each state of every round, those that do not count included. The
+            caller's arguments, ``latents`` and generators are of B samples as ever, and B samples are decoded.
         drafter: ``"hold-x0"``, ``"hold-output"`` or a :class:`free.Drafter` that leans on the target's outputs only.
         relaxation: as in :func:`free.speculative_sample`; not ``"learned"``, as a pipeline drops the learned variance.
         seed: the keys of the samples' noise, one a sample of each call. Left out, they are made of the initial latents: the
@@ -71,8 +79,12 @@ def speculate(
         )
     check_window(window)
     schedule = schedule_of(window)
-    if schedule is None:
-        raise ValueError("window is 'auto'; in a pipeline allowed is an int, 1 or more, or a plan of free.plan_window")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}")
+    if schedule is None and mode == "batch":
+        raise ValueError(
+            "window is 'auto'; where mode is 'batch', which has as many rows in each round, allowed is an int or a plan"
+        )
     drafter = as_drafter(drafter)
     if isinstance(drafter, ModelDrafter) or drafter.needs_features:
         raise ValueError(
@@ -87,4 +99,4 @@ def speculate(
             raise ValueError(f"seed holds {wrong!r}; allowed are ints, one a sample")
         seed = [(key + 2**63) % 2**64 - 2**63 for key in seed]
     options = ProcessOptions(variance, stochasticity, eta)
-    return Speculation(pipe, schedule, drafter, relaxation, seed, options, impl)
+    return Speculation(pipe, schedule, drafter, relaxation, seed, options, impl, mode)

@@ -6,13 +6,14 @@ import functools
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from free.drafters import Drafter
+from free.pipelines.batch import Repeated
 from free.pipelines.callbacks import OBSERVED, watch_call
 from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
@@ -41,14 +42,16 @@ class Speculation:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        schedule: Schedule,
+        schedule: Schedule | None,
         drafter: Drafter,
         relaxation: Relaxation | None,
         seed: Sequence[int] | None,
         options: ProcessOptions,
         impl: str,
+        mode: str = "ragged",
     ) -> None:
-        check_pipeline_class(pipe)
+        check_pipeline_class(pipe, mode)
+        self._repeated = Repeated(type(pipe), schedule.widest) if mode == "batch" and schedule else None
         self.pipe: Any = pipe
         self.schedule, self.drafter, self.relaxation = schedule, drafter, relaxation
         self.seed, self.options, self.impl = seed, options, impl
@@ -104,6 +107,8 @@ class Speculation:
             check_arguments(arguments)
             check_guiders(pipe.components)
             watch_call(bound, self)
+            if self._repeated is not None:
+                self._repeated.ask(bound.arguments)
             with self.calling(arguments):
                 return change_tensors(own.__call__(*bound.args, **bound.kwargs), plain)
 
@@ -113,6 +118,8 @@ class Speculation:
             "__qualname__": own.__qualname__,
             "_free_speculation": self,
         }
+        if self._repeated is not None:
+            members["prepare_latents"] = self._repeated.prepare_latents()
         if hasattr(own, "interrupt") and OBSERVED in signature.parameters:
             # what a round hands out are drafts: a pipeline passes through the rest only once it was given what is settled
             members["interrupt"] = property(lambda pipe: self._loop is not None and self._loop.interrupted)
@@ -135,7 +142,7 @@ class Speculation:
             # not by setattr, which would enter it into the pipeline's configuration
             during.callback(pipe.__dict__.__setitem__, "scheduler", own)
             pipe.__dict__["scheduler"] = self.scheduler
-            self._networks = [Network(name, module, steps) for name, module in networks.items()]
+            self._networks = [Network(name, module, steps, self._repeated) for name, module in networks.items()]
             for network in self._networks:
                 during.enter_context(network.wrapped(self._shown_first))
             yield
@@ -154,7 +161,9 @@ class Speculation:
             relaxation=self.relaxation,
             seed=self.seed,
             impl=self.impl,
+            setting=self._setting,
             copies=self._copies(),
+            repeated=self._repeated,
             barrier=self._barrier(),
             watch=self.watch,
         )
@@ -167,10 +176,17 @@ class Speculation:
                 stats.total_seconds = time.perf_counter() - begin
                 stats.seconds["target"] = stats.total_seconds - stats.seconds["draft"] - stats.seconds["verification"]
                 stats.sampler = self._sampler
-                stats.keys = self.schedule.keys.union(loop.run.setup.request.keys)
+                stats.keys = loop.run.schedule.keys.union(loop.run.setup.request.keys)
                 self.history.append(stats)
         finally:
             self._loop = None
+
+    def _setting(self) -> Hashable:
+        """Of a call under way: what its networks were shown in the first round, and how they are guided."""
+        words = ("guidance", "cfg")
+        guidance = {name: value for name, value in self._arguments.items() if any(word in name for word in words)}
+        calls = tuple(call for network in self._networks for call in network.calls)
+        return calls, tuple((name, str(value)) for name, value in guidance.items() if not isinstance(value, torch.Tensor))
 
     def _process(self, arguments: dict[str, Any]) -> ReverseProcess:
         """Of the schedule as the pipeline has set it, and of what it gives the scheduler's first step."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from free.sampling.account import Account
 from free.sampling.capture import Graphs, drafter_key, wants_capture
 from free.sampling.loop import Run
 from free.sampling.memory import remember
-from free.sampling.request import DEFAULT_STEPS, Options, check_request
+from free.sampling.relaxation import Relaxation
+from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup, advance, first_window
 from free.targets.base import take_rows
@@ -33,6 +34,8 @@ from free.windows import (
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+ExperienceT = TypeVar("ExperienceT", bound=Experience)
 
 
 @torch.no_grad()
@@ -107,12 +110,8 @@ def auto_window(setup: Setup, graphs: Graphs | None) -> Schedule:
     A key that was met before meets none of that experience. And rows that share a key share noise: where one of them stands
     may not choose the window of another, so they get a window that is the same in each round.
     """
-    request = setup.request
-    steps, keys = request.process.num_steps, request.keys
-    key = ("experience", drafter_key(setup.drafter), request.guidance_scale, request.process.fingerprint(), setup.relaxation)
-    experience = remember(request.target, key, lambda: Experience.none(steps))
-    if not experience.admit(keys):
-        experience = Experience.none(steps)
+    request, keys = setup.request, setup.request.keys
+    experience = experience_for(request, setup.drafter, setup.relaxation, Experience)
     seconds, ranks = round_seconds(setup, graphs), request.target.ranks
     schedule = AutoWindow(seconds, experience, request.process, request.batch, ranks)
     return schedule if len(set(keys)) == len(keys) else schedule.fixed(request.batch)
@@ -139,6 +138,27 @@ def load_window(setup: Setup, graphs: Graphs | None) -> LoadWindow:
     if graphs is not None:
         graphs.account.reset()
     return LoadWindow(windows, batch)
+
+
+def experience_for(
+    request: Request,
+    drafter: Drafter,
+    relaxation: Relaxation | None,
+    kind: type[ExperienceT],
+    setting: Hashable = None,
+) -> ExperienceT:
+    """What earlier runs have shown of this model, by which windows may be chosen for the request's samples, and which sees
+    them from now on; it is none if it has seen one of their keys before.
+
+    Args:
+        request, drafter, relaxation: of the run.
+        kind: of experience.
+        setting: what else makes runs alike.
+    """
+    steps, process = request.process.num_steps, request.process.fingerprint()
+    key = (kind, drafter_key(drafter), request.guidance_scale, process, relaxation, setting)
+    experience = remember(request.target, key, lambda: kind.none(steps))
+    return experience if experience.admit(request.keys) else kind.none(steps)
 
 
 def round_seconds(setup: Setup, graphs: Graphs | None = None) -> RoundSeconds:

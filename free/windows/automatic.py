@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,10 @@ from free.targets.ranks import ALONE, Ranks
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan
 from free.windows.timing import RoundSeconds
 
-_WORTHWHILE = 1.02  # another window must be this much better, lest noise decides
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+WORTHWHILE = 1.02  # another window must be this much better, lest noise decides
 _AS_GOOD = 0.99  # of the best rate is as good
 _HOPE = 0.9  # acceptance where nothing is known
 _DOUBT = 0.1  # tests that a guess counts for
@@ -44,7 +48,7 @@ class Experience:
     """Of all samples that it has seen, and of those that their windows were chosen by."""
 
     @classmethod
-    def none(cls, num_steps: int) -> Experience:
+    def none(cls, num_steps: int) -> Self:
         """Before any run."""
         return cls(np.zeros(num_steps), np.zeros(num_steps))
 
@@ -56,11 +60,15 @@ class Experience:
         if not self.keys.isdisjoint(keys):
             return False
         if len(self.keys) + len(keys) > MOST_KEYS:
-            for sums in (self.settled, self.predicted, self.keys):
-                sums.clear()
-            self.tested[:], self.accepted[:] = 0, 0
+            self.forget()
         self.keys.update(keys)
         return True
+
+    def forget(self) -> None:
+        """Begin anew, in place."""
+        for sums in (self.settled, self.predicted, self.keys):
+            sums.clear()
+        self.tested[:], self.accepted[:] = 0, 0
 
     def acceptance(self, drafted: np.ndarray) -> np.ndarray:
         """float64 [S]: of a draft at each step, averaged over its neighbours; 0 where ``drafted`` (bool [S]) is not."""
@@ -157,7 +165,7 @@ class AutoWindow(Schedule):
     def window(self, step: np.ndarray, under_way: Sequence[int], rows: int) -> int:
         rate = self.rate(step, rows).sum(0)
         best = _best(rate)
-        if self._last is not None and rate[best] < _WORTHWHILE * rate[self._last]:
+        if self._last is not None and rate[best] < WORTHWHILE * rate[self._last]:
             best = self._last
         self._last = best
         return int(self._ranks.first(int(self._windows[best])))
@@ -185,7 +193,7 @@ class AutoWindow(Schedule):
         chosen = np.full(len(step), _best(rate[0]))
         for k in step[1:]:
             best = _best(rate[k])
-            chosen[k] = best if rate[k, best] > _WORTHWHILE * rate[k, chosen[k - 1]] else chosen[k - 1]
+            chosen[k] = best if rate[k, best] > WORTHWHILE * rate[k, chosen[k - 1]] else chosen[k - 1]
         seconds = self.seconds.at(batch * self._windows.astype(float))
         by_window = dict(zip(self._windows.tolist(), seconds.tolist(), strict=True))
         windows = np.minimum(self._windows[chosen], len(step) - step)

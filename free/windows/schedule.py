@@ -74,6 +74,9 @@ class Schedule(ABC):
     def learn(self, window: int, before: Known, after: Known) -> None:  # noqa: B027 - some know all from the start
         """What a round of ``window`` did, once the host has read it."""
 
+    def time(self, window: int, states: int, seconds: float) -> None:  # noqa: B027 - most are not timed
+        """What a round of ``window`` took, all of whose ``states`` counted, where rounds are timed as they pass."""
+
     def reach(self, process: ReverseProcess) -> torch.Tensor:
         """int64 [S]: the last step that a window from each step may settle."""
         return process.exact_step

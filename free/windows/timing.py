@@ -15,6 +15,7 @@ import torch
 from free.targets.ranks import ALONE, Ranks
 from free.windows.schedule import WINDOWS
 
+DEAR = 1.8  # times the seconds for twice the states
 _REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
 _ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
 _MEASUREMENTS = 3  # that are remembered
@@ -94,10 +95,17 @@ def by_window(run: Callable[[int], Any], device: torch.device, widest: int, rank
             for one in pair:
                 taken[one] = min(taken[one], _timed(run, one, device, ranks))
         # twice as wide goes less than twice as far
-        dear = dear + 1 if window > 1 and taken[window] > 1.8 * taken[window // 2] else 0
+        dear = dear + 1 if window > 1 and taken[window] > DEAR * taken[window // 2] else 0
         if dear == 2:
             break
     return taken
+
+
+def seconds_now(device: torch.device) -> float:
+    """A clock for what the host does or waits for; two looks at it say how long something took."""
+    # a single thread's own time is not stretched by what else the machine does
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time() if alone else time.perf_counter()
 
 
 def _timed(run: Callable[[int], Any], window: int, device: torch.device, ranks: Ranks) -> float:
@@ -108,9 +116,8 @@ def _timed(run: Callable[[int], Any], window: int, device: torch.device, ranks: 
             run(window)
         torch.cuda.synchronize(device)
         return ranks.first((time.perf_counter() - begin) / _ROUNDS_ON_CUDA)
-    # a single thread's own time is not stretched by what else the machine does; nor does it tell of a wait for others
-    alone = torch.get_num_threads() == 1 and ranks.size == 1
-    clock = time.thread_time if alone else time.perf_counter
+    # a thread's own time does not tell of a wait for other processes
+    clock = time.perf_counter if ranks.size > 1 else functools.partial(seconds_now, device)
     begin = clock()
     run(window)
     return ranks.first(clock() - begin)

@@ -26,7 +26,7 @@ def mean_difference(
     dtype = state.dtype
     std = at_step(table.std, step, dtype)
     if table.clip_range is None:
-        return (at_step(table.model_coef, step, dtype) / std) * (draft_output - target_output)
+        return (draft_output - target_output).mul_(at_step(table.model_coef, step, dtype) / std)
     limit = table.clip_range
     draft_x0 = x0_estimate(state, draft_output, step, table).clamp(-limit, limit)
     target_x0 = x0_estimate(state, target_output, step, table).clamp(-limit, limit)

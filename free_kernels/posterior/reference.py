@@ -35,7 +35,7 @@ def step_mean(state: torch.Tensor, output: torch.Tensor, step: torch.Tensor, tab
 def x0_estimate(state: torch.Tensor, output: torch.Tensor, step: torch.Tensor, table: StepTable) -> torch.Tensor:
     """The clean sample that the output stands for, unclamped."""
     dtype = state.dtype
-    return at_step(table.x0_state_coef, step, dtype) * state + at_step(table.x0_model_coef, step, dtype) * output
+    return (at_step(table.x0_state_coef, step, dtype) * state).add_(at_step(table.x0_model_coef, step, dtype) * output)
 
 
 def effective_output(

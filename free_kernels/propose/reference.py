@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,9 @@ from free_kernels.table import StepTable
 
 if TYPE_CHECKING:
     from free_kernels.propose import Proposal
+
+_CACHED = 2**18
+"""Numbers of each of some ten tensors."""
 
 
 def anchor_index(steps: torch.Tensor, anchor_step: torch.Tensor, anchor_length: torch.Tensor) -> torch.Tensor:
@@ -40,40 +44,79 @@ def propose(
     from free_kernels.propose import Proposal
 
     dtype = compute_dtype(state)
-    numel = state.shape[-1]
-    states = state.new_empty(state.shape[0], window, numel, dtype=dtype)
+    batch, numel = state.shape
+    states = state.new_empty(batch, window, numel, dtype=dtype)
     states[:, 0] = state
+    held = torch.empty_like(states[:, 1:])
     if window == 1:
-        return Proposal(states, states[:, 1:])
-    last = table.num_steps - 1
-    steps = (step[:, None] + torch.arange(window - 1, device=step.device)).clamp_(max=last)  # [B, W-1]
+        return Proposal(states, held)
+    steps = (step[:, None] + torch.arange(window - 1, device=step.device)).clamp_(max=table.num_steps - 1)  # [B, W-1]
     if noise is None:
         noise = normal(seed[:, None], steps, numel, NOISE_STREAM, dtype)
-
     column = anchor_index(steps, anchor_step, anchor_length)
+    anchor = torch.arange(batch, device=step.device)[:, None], column
     anchor_steps = anchor_step[:, None] + column
-    row = torch.arange(len(step), device=step.device)[:, None]
-    if unconditional_anchor_outputs is not None:
-        unconditional_anchor_outputs = unconditional_anchor_outputs[row, column]
-    held = guided(anchor_outputs[row, column], unconditional_anchor_outputs, guidance_scale, dtype)
-    if correction is not None:
-        correction = correction[:, : window - 1].to(dtype)
-        if draft == "hold-output":
-            held = held + correction
-    scaled_noise = at_step(table.std, steps, dtype) * noise[:, : window - 1].to(dtype)
+
+    # every element goes its own way: as many at a time as a processor's cache holds
+    size = max(_CACHED // (batch * window), 1) if state.device.type == "cpu" else numel
+    for first in range(0, numel, size):
+        part = slice(first, first + size)
+
+        def of_part(values: torch.Tensor, part: slice = part) -> torch.Tensor:
+            return values[..., part]
+
+        unconditional = None if unconditional_anchor_outputs is None else of_part(unconditional_anchor_outputs)[anchor]
+        _fill(
+            of_part(states),
+            of_part(held),
+            steps,
+            guided(of_part(anchor_outputs)[anchor], unconditional, guidance_scale, dtype),
+            of_part(anchor_states)[anchor].to(dtype),
+            anchor_steps,
+            table,
+            draft,
+            of_part(noise)[:, : window - 1].to(dtype),
+            None if correction is None else of_part(correction)[:, : window - 1].to(dtype),
+            None if previous_x0 is None else of_part(previous_x0),
+        )
+    return Proposal(states, held)
+
+
+def _fill(
+    states: torch.Tensor,
+    draft_output: torch.Tensor,
+    steps: torch.Tensor,
+    held: torch.Tensor,
+    anchor_states: torch.Tensor,
+    anchor_steps: torch.Tensor,
+    table: StepTable,
+    draft: str,
+    noise: torch.Tensor,
+    correction: torch.Tensor | None,
+    previous_x0: torch.Tensor | None,
+) -> None:
+    """Draft the states [B, W, D] after the first, and the outputs [B, W-1, D] that they are drafted with; all else is by
+    drafted step, [B, W-1, D] and [B, W-1].
+    """
+    dtype = states.dtype
+    path = states.unbind(1)
+    if correction is not None and draft == "hold-output":
+        held = held + correction
+    scaled_noise = at_step(table.std, steps, dtype) * noise
     if draft == "hold-output" and (table.clip_range is not None or previous_x0 is not None):
-        for j in range(window - 1):
+        for j, (current, following) in enumerate(pairwise(path)):
             if previous_x0 is not None:
-                held[:, j], previous_x0 = effective_output(states[:, j], held[:, j], previous_x0, steps[:, j], table)
-            states[:, j + 1] = step_mean(states[:, j], held[:, j], steps[:, j], table) + scaled_noise[:, j]
-        return Proposal(states, held)
+                held[:, j], previous_x0 = effective_output(current, held[:, j], previous_x0, steps[:, j], table)
+            torch.add(step_mean(current, held[:, j], steps[:, j], table), scaled_noise[:, j], out=following)
+        draft_output.copy_(held)
+        return
 
     # the rest is linear in the state: s[j+1] = slope[j] * s[j] + drive[j]
     if draft == "hold-output":
         slope, gain = at_step(table.state_coef, steps, dtype), at_step(table.model_coef, steps, dtype)
-        drive = gain * held + scaled_noise
+        drive = gain * held
     else:
-        x0 = x0_estimate(anchor_states[row, column].to(dtype), held, anchor_steps, table)  # [B, W-1, D]
+        x0 = x0_estimate(anchor_states, held, anchor_steps, table)  # [B, W-1, D]
         x0_state_coef, x0_model_coef = at_step(table.x0_state_coef, steps, dtype), at_step(table.x0_model_coef, steps, dtype)
         if correction is not None:
             x0 = x0 + x0_model_coef * correction  # the x0 estimate that the corrected output stands for
@@ -83,13 +126,16 @@ def propose(
         if table.clip_range is None:
             gain = at_step(table.model_coef, steps, dtype) / x0_model_coef
             slope = at_step(table.state_coef, steps, dtype) - gain * x0_state_coef
-            drive = gain * x0 + scaled_noise
+            drive = gain * x0
         else:
             slope, gain = at_step(table.clip_state_coef, steps, dtype), at_step(table.clip_x0_coef, steps, dtype)
-            drive = gain * x0.clamp(-table.clip_range, table.clip_range) + scaled_noise
-    path = states.unbind(1)
+            drive = gain * x0.clamp(-table.clip_range, table.clip_range)
+    drive += scaled_noise
     for current, following, a, b in zip(path, path[1:], slope.unbind(1), drive.unbind(1), strict=False):
         torch.addcmul(b, a, current, out=following)
     if draft == "hold-x0":
-        held = (x0 - x0_state_coef * states[:, :-1]) / x0_model_coef
-    return Proposal(states, held)
+        torch.mul(x0_state_coef, states[:, :-1], out=drive)
+        torch.sub(x0, drive, out=drive)
+        torch.div(drive, x0_model_coef, out=draft_output)
+    else:
+        draft_output.copy_(held)

@@ -23,6 +23,7 @@ class Case:
     build: Callable[[], tuple[Any, dict[str, Any]]]
     note: str = ""
     """What is special about the call."""
+    mode: str = "ragged"
 
     def make(self) -> tuple[Any, dict[str, Any]]:
         """The pipeline in eval mode, and the call's arguments, latents as its result."""
@@ -40,12 +41,15 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, family: str, note: str = "") -> Callable[..., Callable[[], tuple[Any, dict[str, Any]]]]:
+Build = Callable[[], tuple[Any, dict[str, Any]]]
+
+
+def case(name: str, family: str, note: str = "", mode: str = "ragged") -> Callable[[Build], Build]:
     """Enters the function below it, which makes a pipeline and a call's arguments, as a case."""
 
-    def enter(build: Callable[[], tuple[Any, dict[str, Any]]]) -> Callable[[], tuple[Any, dict[str, Any]]]:
+    def enter(build: Build) -> Build:
         assert name not in CASES
-        CASES[name] = Case(name, family, build, note)
+        CASES[name] = Case(name, family, build, note, mode)
         return build
 
     return enter

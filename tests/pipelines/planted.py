@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -19,8 +20,8 @@ def planted(bug: str) -> Iterator[None]:
     index, lay_out = Layout.index, Loop._lay_out
 
     def of_another_sample(self: Layout, groups: int, inner: int) -> torch.Tensor:
-        sample = (self.sample + 1) % self.batch
-        return index(Layout(self.number, sample, self.batch, self.timestep, self.shown, self.taken_over), groups, inner)
+        # of two samples the other one, however many rows each has
+        return index(replace(self, row=(self.row + self.batch // 2) % self.batch), groups, inner)
 
     def of_another_state(self: Loop, number: int, sample: torch.Tensor, timestep: torch.Tensor) -> Layout:
         return lay_out(self, number, sample, timestep.roll(1))

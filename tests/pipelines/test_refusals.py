@@ -135,7 +135,6 @@ def test_a_network_in_a_pipeline_of_two_schedulers() -> None:
     ("arguments", "error", "words"),
     [
         ({"window": 0}, ValueError, "window is 0"),
-        ({"window": "auto"}, ValueError, "window is 'auto'"),
         ({"drafter": "best"}, ValueError, "drafter is 'best'"),
         ({"drafter": torch.nn.Linear(1, 1).eval()}, ValueError, "asks for the target's conditioning"),
         ({"relaxation": 1.0}, TypeError, "relaxation is a float"),

@@ -18,7 +18,7 @@ OF_SAMPLES = torch.tensor([[100.0], [200.0], [300.0]]).expand(3, 4)
 
 def layout(number: int = 1, sample: torch.Tensor = SAMPLE) -> Layout:
     timestep = torch.arange(900, 900 - 100 * len(sample), -100)
-    return Layout(number, sample, 3, timestep, timestep[0], lambda: None)
+    return Layout(number, sample, sample, 3, timestep, timestep[0], lambda: None)
 
 
 def rows(place: Layout | None = None) -> Rows:

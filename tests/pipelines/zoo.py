@@ -34,7 +34,8 @@ class Row:
     """The least error that a planted bug showed."""
 
     def cells(self) -> tuple[str, ...]:
-        verdict = "works" if self.check.passed else f"refused: {self.check.refused}" if self.check.refused else "differs"
+        works = "works" if self.case.mode == "ragged" else f'works, `mode="{self.case.mode}"`'
+        verdict = works if self.check.passed else f"refused: {self.check.refused}" if self.check.refused else "differs"
         error = f"{self.check.worst_error:.1e} of {self.check.scale:.1f}"
         return self.case.family, f"`{self.case.name}`", self.scheduler, verdict, error, f"{self.wrong:.1e}", self.case.note
 
@@ -42,12 +43,13 @@ class Row:
 def examine(case: Case) -> Row:
     """Check a case, and how large an error its bugs would be."""
     pipe, call = case.make()
-    check = free.check_pipeline(pipe, verbose=False, **call)
+    check = free.check_pipeline(pipe, mode=case.mode, verbose=False, **call)
     wrong = []
     # with one sample there is no other
     for bug in BUGS if check.stats and len(check.stats.rounds) > 1 else BUGS[1:]:
         with planted(bug):
-            wrong.append(free.check_pipeline(pipe, verbose=False, **call | {"num_inference_steps": 6}).worst_error)
+            again = free.check_pipeline(pipe, mode=case.mode, verbose=False, **call | {"num_inference_steps": 6})
+            wrong.append(again.worst_error)
     return Row(case, type(pipe.scheduler).__name__.removesuffix("Scheduler"), check, min(wrong))
 
 

@@ -156,3 +156,12 @@ def test_streams_and_neighbouring_seeds_are_uncorrelated() -> None:
     scale = math.sqrt(noise.numel())
     p_values = [z_score_p(float((noise * other).sum()) / scale) for other in others.values()]
     assert bonferroni(p_values) >= BUDGET, dict(zip(others, p_values, strict=True))
+
+
+def test_words_elsewhere_are_those_of_the_host() -> None:
+    from free_kernels.philox.reference import _pairs_on_device, philox_pairs
+
+    seed, step = torch.tensor(SEEDS)[:, None], torch.tensor([0, 5, 2**31 + 3])
+    elsewhere = _pairs_on_device(*torch.broadcast_tensors(seed, step), 9, LATENT_STREAM)
+    for of_host, of_device in zip(philox_pairs(seed, step, 9, LATENT_STREAM), elsewhere, strict=True):
+        assert torch.equal(of_host, of_device)

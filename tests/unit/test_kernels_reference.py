@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -257,6 +258,24 @@ def test_propose_drafts_step_by_step(
     at_hand = propose(**given, window=window, table=table, draft=draft, noise=noise, **extra)
     torch.testing.assert_close(at_hand.states, states, **CLOSE)
     torch.testing.assert_close(at_hand.draft_output, outputs, **CLOSE)
+
+
+@pytest.mark.parametrize("draft", ["hold-x0", "hold-output"])
+def test_proposals_made_part_by_part_are_the_same_to_the_bit(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    table = small_table()
+    indices = torch.tensor([3, 4]), torch.tensor([5, 6])
+    anchors = drawn(2, 4, 33), drawn(2, 4, 33), indices[1] - 1, torch.tensor([4, 2])
+    arguments = (drawn(2, 33), *indices, 5, *anchors, table)
+    options = {"draft": draft, "correction": drawn(2, 4, 33), "impl": "reference"}
+    whole = propose(*arguments, **options)
+    monkeypatch.setattr(sys.modules["free_kernels.propose.reference"], "_CACHED", 70)
+    for made, expected in zip(propose(*arguments, **options), whole, strict=True):
+        assert torch.equal(made, expected)
 
 
 def test_hold_x0_keeps_the_anchors_x0_along_the_whole_draft() -> None:
