@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0 done, 1 failed with a message, 2 wrong usage, 130 interrupted)."""
+    """Run the command; returns the exit code: 0 done, 1 failed with a message, 2 wrong usage, 3 the folder is of another
+    configuration, 4 the disk failed, 130 interrupted.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        code: int | None = arguments.run(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"free-dit: {error}", file=sys.stderr)
-        return 1
+        return int(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         print("free-dit: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_compare(commands)
     _add_train_drafter(commands)
+    _add_sample(commands)
     return parser
 
 
@@ -180,6 +184,109 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
     config = DrafterTrainingConfig(**{name: value for name, value in vars(arguments).items() if name != "run"})
     train_drafter(config)
     print(f"drafter: {config.output_dir}")
+
+
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="draw any number of samples into a folder, by any number of processes",
+        description="Draws samples 0 … N-1 of a DiT into a folder. `torchrun --nproc-per-node R -m free.cli sample …` draws "
+        "with R processes, a GPU each; the same command goes on where it was stopped, with as many processes as it likes. "
+        "The files are the same whatever their number. Exit codes: 0 all samples are there, 1 failed with a message, 2 "
+        "wrong usage, 3 the folder is of another configuration, 4 the disk is full or cannot be read or written, 130 "
+        "interrupted; after 1, 4, 130 or a kill the same command goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(sample, guidance_scale=1.5, steps=250)
+    sample.add_argument("--output-dir", type=Path, required=True, help="the folder; made if it is not there")
+    sample.add_argument("--num-samples", type=_positive, default=50_000, help="samples in all")
+    sample.add_argument("--batch-size", type=_positive, default=64, help="samples drawn at once, a shard, by one process")
+    sample.add_argument("--sampler", choices=["speculative", "ancestral"], default="speculative", help="one law, two speeds")
+    sample.add_argument("--drafter", default="gains", help="a name, or a drafter's folder")
+    sample.add_argument(
+        "--window", type=_window, default="auto",
+        help="states of a sample evaluated in one round, W; auto plans it once for the folder, by what rounds of a batch "
+        "take: where a full batch fills the device that is mostly 1, the ancestral sampler",
+    )  # fmt: skip
+    sample.add_argument(
+        "--labels", nargs="+", default=["uniform"], metavar="LABEL",
+        help="uniform (drawn for each sample), balanced (all classes in turn), none (the null class), or ints taken in turn",
+    )  # fmt: skip
+    sample.add_argument(
+        "--format", choices=["png", "npz", "latents"], default=None,
+        help="00/000123.png, samples.npz, or safetensors of what the model makes; PNG if left out and there are images",
+    )  # fmt: skip
+    sample.add_argument("--decode-batch-size", type=_positive, default=8, help="samples that the VAE decodes at once")
+    sample.add_argument(
+        "--threads", type=_positive, default=1,
+        help="of each process on a CPU; bits may depend on it, and more processes are faster than more threads",
+    )  # fmt: skip
+    sample.set_defaults(run=_sample)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from free.drafters.loading import drafter_of
+    from free.parallel.sharding import Place, sample_to_folder
+    from free.targets.loading import load_pipeline
+
+    device = _device(arguments.device)
+    if device == "cpu":
+        torch.set_num_threads(arguments.threads)
+    target, vae = load_pipeline(_model(arguments.model), getattr(torch, arguments.dtype), device)
+    labels: Any = {"uniform": "uniform", "balanced": "balanced", "none": None}.get(arguments.labels[0], arguments.labels)
+    drawn = sample_to_folder(
+        target,
+        arguments.output_dir,
+        num_samples=arguments.num_samples,
+        batch_size=arguments.batch_size,
+        sampler=arguments.sampler,
+        drafter=drafter_of(arguments.drafter, device) if arguments.sampler == "speculative" else arguments.drafter,
+        window=arguments.window,
+        class_labels=[_label(label) for label in labels] if isinstance(labels, list) else labels,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        seed=arguments.seed,
+        file_format=arguments.format,
+        vae=vae,
+        decode_batch_size=arguments.decode_batch_size,
+    )
+    if Place.from_environment().rank == 0:
+        print(f"{drawn}\n{arguments.num_samples} samples: {arguments.output_dir}")
+
+
+def _add_model(parser: argparse.ArgumentParser, *, guidance_scale: float, steps: int) -> None:
+    """What all that load a model ask of it."""
+    parser.add_argument(
+        "--model", default=None,
+        help="folder of a DiTTransformer2DModel or of a DiTPipeline, or a pipeline's name on the hub, whose scheduler says "
+        "the process and whose VAE decodes; the digits DiT if left out",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=_positive, default=steps, help="denoising steps S")
+    parser.add_argument("--guidance-scale", type=float, default=guidance_scale, help="1 is no guidance")
+    parser.add_argument("--seed", type=int, default=0, help="from which the key of each sample follows")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
+    parser.add_argument("--device", default=None, help="the GPU of the process's local rank if there is one, else the CPU")
+
+
+def _model(word: str | None) -> str:
+    from free.data.digits import weights_path
+
+    return str(weights_path()) if word is None else word
+
+
+def _device(word: str | None) -> str:
+    from free.targets.loading import default_device
+
+    device = default_device() if word is None else word
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def _label(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"labels holds {text!r}; allowed are 'uniform', 'balanced', 'none', or ints")
+    return int(text)
 
 
 def _window(text: str) -> int | str:

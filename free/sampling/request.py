@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -341,13 +341,20 @@ def check_seeds(
             for one in generators
         ]
     if is_int(seed):
-        # the first key is the seed itself, so that seed=7 and seed=[7] agree; the others are shared with no other seed
-        first = _check_seed(seed)
-        spread = [np.random.SeedSequence(first % 2**64, spawn_key=(i,)) for i in range(1, batch)]
-        keys = [first, *(int(sequence.generate_state(1, np.uint64)[0]) for sequence in spread)]
-    else:
-        keys = [_check_seed(key) for key in cast("Sequence[int]", seed)]
-    return _signed(keys)
+        return sample_keys(_check_seed(seed), range(batch))
+    return _signed([_check_seed(key) for key in cast("Sequence[int]", seed)])
+
+
+def sample_keys(seed: int, samples: Iterable[int]) -> list[int]:
+    """The keys, signed 64 bits, that samples of these numbers have under an int seed, however many others are drawn.
+
+    The first key is the seed itself, so that ``seed=7`` and ``seed=[7]`` agree; the others are shared with no other seed.
+    """
+
+    def key(i: int) -> int:
+        return seed if i == 0 else int(np.random.SeedSequence(seed % 2**64, spawn_key=(i,)).generate_state(1, np.uint64)[0])
+
+    return _signed([key(i) for i in samples])
 
 
 def _signed(keys: Sequence[int]) -> list[int]:

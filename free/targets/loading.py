@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_target(folder: Path) -> DiTTarget:
-    """The DiT in a folder, in eval mode, float32, on the GPU if there is one.
+def load_target(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> DiTTarget:
+    """The DiT in a folder, in eval mode.
+
+    Args:
+        folder: as ``save_pretrained`` writes it.
+        dtype: of its weights.
+        device: left out, the GPU if there is one.
 
     Raises:
         FileNotFoundError: the folder is not there, or holds no ``config.json``.
@@ -44,14 +50,55 @@ def load_target(folder: Path) -> DiTTarget:
         raise ValueError(f"model in {str(folder)!r} is a {name}; allowed is a DiTTransformer2DModel")
     try:
         model, report = DiTTransformer2DModel.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model in {str(folder)!r} cannot be loaded: {error}") from error
     # diffusers fills what is missing with random numbers
     if report["missing_keys"]:
         raise ValueError(f"model in {str(folder)!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])} …")
-    return DiTTarget(model.eval().to(default_device()))
+    return DiTTarget(model.eval().to(default_device() if device is None else device))
+
+
+def load_pipeline(
+    word: str, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> tuple[DiTTarget, Any]:
+    """The DiT of a folder or of a pipeline, with its scheduler, and the VAE that decodes its samples.
+
+    Args:
+        word: the folder of a DiT, or of a ``DiTPipeline``, or a pipeline's name on the hub.
+        dtype: of the DiT's weights. The VAE's are float32: it decodes once a sample, and some overflow in half a precision.
+        device: left out, the GPU if there is one.
+
+    Returns:
+        The target, in eval mode, and the VAE; None for a DiT alone.
+
+    Raises:
+        FileNotFoundError: the folder is not there, and no pipeline of that name either.
+        ValueError: it holds something else than a whole DiT or DiTPipeline.
+    """
+    folder = Path(word)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        return load_target(folder, dtype, device), None
+    if not folder.is_dir() and word.count("/") != 1:
+        raise FileNotFoundError(
+            f"no model in {word!r}: expected the folder of a DiT or of a DiTPipeline, or a name on the hub"
+        )
+    from diffusers import DiTPipeline
+
+    try:
+        if not folder.is_dir():
+            folder = Path(DiTPipeline.download(word, use_safetensors=True))
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+        if name != DiTPipeline.__name__:
+            raise ValueError(f"model {word!r} is a {name}; allowed are a DiTPipeline and a DiTTransformer2DModel")
+        target = load_target(folder / "transformer", dtype, device)
+        pipe = DiTPipeline.from_pretrained(
+            folder, transformer=target.transformer, torch_dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"model {word!r} cannot be loaded: {error}") from error
+    return DiTTarget(target.transformer, scheduler=pipe.scheduler), pipe.vae.eval().to(target.device)
 
 
 def fingerprint(target: DiTTarget) -> str:
