@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_train_drafter(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
+    _add_check(commands)
     return parser
 
 
@@ -254,6 +256,75 @@ def _sample(arguments: argparse.Namespace) -> None:
     )
     if Place.from_environment().rank == 0:
         print(f"{drawn}\n{arguments.num_samples} samples: {arguments.output_dir}")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="Fréchet distance, precision and recall of samples against images or statistics",
+        description="Compares a folder or .npz of samples with a reference. With torch-fidelity's Inception weights the "
+        "distance is the FID; without, it is of the features of a small network that is trained on the reference's labels, "
+        "and no FID.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.add_argument("samples", help="a folder of images, or a .npz of arr_0 (or, with --weights, of mu and sigma)")
+    evaluate.add_argument(
+        "reference", help="the same; without --weights it needs labels: digits, or a .npz of images and labels, or of arr_0 "
+        "and arr_1",
+    )  # fmt: skip
+    evaluate.add_argument("--weights", type=Path, default=None, help="torch-fidelity's Inception file (.pth)")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, help="images that Inception sees at once")
+    evaluate.add_argument("--device", default=None, help="Inception's: the GPU if there is one, else the CPU")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from free.evaluation.fidelity import evaluate
+
+    print(evaluate(progress=True, **{name: value for name, value in vars(arguments).items() if name != "run"}))
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="test on your own model that speculative samples have the step-by-step sampler's law",
+        description="Draws samples speculatively and step by step, tests that nothing tells them apart, and that the noise "
+        "of each speculative step is what it should be along the way its draft was off. Prints p-values and what they mean. "
+        "Exit codes: 0 passed, 1 not exact or failed with a message. A drafter of your own class is tested from Python: "
+        "free.evaluation.check_exactness.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(check, guidance_scale=1.5, steps=50)
+    check.add_argument("--drafter", default="gains", help="a name, or a drafter's folder")
+    check.add_argument("--window", type=_positive, default=8, help="states evaluated in one round, W")
+    check.add_argument("--num-samples", type=_positive, default=256, help="of each sampler; classes take turns")
+    check.add_argument("--batch-size", type=_positive, default=64, help="samples drawn at once")
+    check.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from free.drafters.loading import drafter_of
+    from free.evaluation.exactness import check_exactness
+    from free.targets.loading import load_pipeline
+
+    device = _device(arguments.device)
+    target, _ = load_pipeline(_model(arguments.model), getattr(torch, arguments.dtype), device)
+    found = check_exactness(
+        target,
+        drafter_of(arguments.drafter, device),
+        class_labels=range(target.null_class),
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        window=arguments.window,
+        num_samples=arguments.num_samples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        progress=True,
+    )
+    print(found)
+    return 0 if found.passed else 1
 
 
 def _add_model(parser: argparse.ArgumentParser, *, guidance_scale: float, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""``.npz`` files of images, as the measures of image models exchange them, read and written a few rows at a time.
+"""Folders and ``.npz`` files of images, as measures of image models exchange them, a few rows at a time.
 
 ``arr_0`` is uint8 [N, height, width, channels], ``arr_1`` the labels, int64 [N], where there are any. Fifty thousand samples
 of 256 pixels a side are 10 GB, which need not be in memory.
@@ -6,6 +6,7 @@ of 256 pixels a side are 10 GB, which need not be in memory.
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any, cast
 import numpy as np
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # so that equal images make equal files
+
+
+IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def write_images(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: np.ndarray | None = None) -> None:
@@ -110,3 +114,72 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], Any, bool]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     return shape, dtype, fortran
+
+
+class StoredImages:
+    """Images in a folder or an archive, read a batch at a time."""
+
+    def __init__(self, path: Path, files: list[Path], archive: ImageArchive | None) -> None:
+        self.path, self.files, self.archive = path, files, archive
+        self.count = len(files) if archive is None else (archive.shape or (0,))[0]
+
+    @classmethod
+    def of(cls, word: str | Path) -> StoredImages:
+        path = Path(word)
+        if path.suffix == ".npz":
+            archive = ImageArchive(path)
+            if "arr_0" not in archive.names and not {"mu", "sigma"} <= set(archive.names):
+                raise ValueError(
+                    f"{str(path)!r} holds {archive.names}; allowed are arr_0 (images), or mu and sigma (statistics)"
+                )
+            return cls(path, [], archive)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{str(path)!r} is not there; allowed are a folder of images or a .npz file")
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+        if not files:
+            raise ValueError(f"{str(path)!r} holds no images ({', '.join(IMAGES)})")
+        wanted = _promised(path)
+        if wanted not in (None, len(files)):
+            raise ValueError(
+                f"{str(path)!r} has {len(files)} of {wanted} samples: run `free-dit sample` again, which goes on"
+            )
+        return cls(path, files, None)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """uint8 [n, height, width, channels]."""
+        if self.archive is not None:
+            yield from self.archive.images(size)
+            return
+        shape = None
+        for first in range(0, self.count, size):
+            images = [_read(file) for file in self.files[first : first + size]]
+            shape = images[0].shape if shape is None else shape
+            for file, image in zip(self.files[first:], images, strict=False):
+                if image.shape != shape:
+                    raise ValueError(f"{str(file)!r} is an image of shape {image.shape}; the others are {shape}")
+            yield np.stack(images)
+
+    @property
+    def statistics(self) -> dict[str, np.ndarray] | None:
+        """``mu`` and ``sigma``, float64, where they are stored."""
+        if self.archive is None or not {"mu", "sigma"} <= set(self.archive.names):
+            return None
+        return {name: self.archive.array(name).astype(np.float64) for name in ("mu", "sigma")}
+
+
+def _promised(folder: Path) -> int | None:
+    """How many samples a folder of ``free-dit sample`` should have; None of another folder."""
+    try:
+        return int(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["configuration"]["num_samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(file: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return np.atleast_3d(np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"image {str(file)!r} cannot be read: {error}") from error

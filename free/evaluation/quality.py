@@ -22,6 +22,7 @@ from free.sampling.statistics import standard_error
 HIDDEN_UNITS = 64
 _EPOCHS = 100
 _BLOCKS = 10
+_ROWS = 4096  # of distances that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -177,5 +178,5 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _mean_distance(first: torch.Tensor, second: torch.Tensor, apart: bool = False) -> torch.Tensor:
     """Of each row of ``first`` [N, D] to those of ``second`` [M, D] (with ``apart`` to the others of itself): [N]."""
-    total = torch.cdist(first, second).double().sum(1)
+    total = torch.cat([torch.cdist(rows, second).double().sum(1) for rows in first.split(_ROWS)])
     return total / (len(second) - apart)

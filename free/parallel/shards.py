@@ -210,7 +210,7 @@ class ShardFolder:
 
     def _new_part(self, name: str) -> Path:
         self.parts.mkdir(parents=True, exist_ok=True)
-        return self.parts / f"{self._mark}-{name}"
+        return self.parts / f"{self._mark}-{name}.part"  # no image, to those who look for images
 
     def _sync(self, folders: set[Path]) -> None:
         """Names too are on the disk only when it says so."""
