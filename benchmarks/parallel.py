@@ -1,8 +1,8 @@
 """Seconds a sample of a window over processes, against one process: ``python -m benchmarks.parallel``.
 
-Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns, seed by
-seed, and the least of a seed's repeats counts, as a machine that is busy with other things only adds; a process that is not
-meant waits for the others, asleep. What more processes would do is projected from what forwards of fewer states and an
+Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns, seed
+by seed, and the least of a seed's repeats counts, as a machine that is busy with other things only adds; a process that is
+not meant waits for the others, asleep. What more processes would do is projected from what forwards of fewer states and an
 exchange take here.
 """
 
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None, spawn: Callable[..., Any] = tor
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", type=Path, default=WEIGHTS)
     parser.add_argument("--results", type=Path, default=RESULTS)
