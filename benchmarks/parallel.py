@@ -27,12 +27,11 @@ import free
 from benchmarks.models import GUIDANCE, forward_of, request_of
 from benchmarks.projection import GPUS, exchange_bytes
 from benchmarks.rows import RESULTS, write_row
+from benchmarks.scale import BENCHMARK, PROJECTION
 from benchmarks.timing import median_microseconds
 from free.targets.loading import load_target
 
 NAME = "parallel"
-BENCHMARK = "a window over processes"
-PROJECTION = "projection of a window over processes"
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "photo_dit"
 DRAFTER = "gains"
 _ONE, _THREADS, _PROCESSES = "one process, one thread", "one process, as many threads", "processes"
