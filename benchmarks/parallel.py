@@ -1,13 +1,15 @@
 """Seconds a sample of a window over processes, against one process: ``python -m benchmarks.parallel``.
 
-Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns, so
-that a machine that is busy for a while is so for all; a process that is not meant waits for the others, asleep. What more
-processes would do is projected from what forwards of fewer states and an exchange take here.
+Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns, seed
+by seed, and the least of a seed's repeats counts, as a machine that is busy with other things only adds; a process that is
+not meant waits for the others, asleep. What more processes would do is projected from what forwards of fewer states and an
+exchange take here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import tempfile
@@ -25,12 +27,11 @@ import free
 from benchmarks.models import GUIDANCE, forward_of, request_of
 from benchmarks.projection import GPUS, exchange_bytes
 from benchmarks.rows import RESULTS, write_row
+from benchmarks.scale import BENCHMARK, PROJECTION
 from benchmarks.timing import median_microseconds
 from free.targets.loading import load_target
 
 NAME = "parallel"
-BENCHMARK = "a window over processes"
-PROJECTION = "projection of a window over processes"
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "photo_dit"
 DRAFTER = "gains"
 _ONE, _THREADS, _PROCESSES = "one process, one thread", "one process, as many threads", "processes"
@@ -60,10 +61,11 @@ def measure(rank: int, options: argparse.Namespace, store: str) -> None:
             _PROCESSES: _Arm(split, window, options.steps, 1, alone=False),
         }
         for repeat in range(-1, options.repeats):  # the first one warms up
-            for arm in arms.values():
-                dist.barrier()
-                if rank == 0 or not arm.alone:
-                    arm.run(repeat)
+            for seed in range(1000, 1000 + options.seeds):
+                for arm in arms.values():
+                    dist.barrier()
+                    if rank == 0 or not arm.alone:
+                        arm.run(seed, counts=repeat >= 0)
         exchange = _exchange_seconds(split, window)
         dist.barrier()
         if rank == 0:
@@ -80,11 +82,13 @@ class _Arm:
 
     def __init__(self, model: Any, window: int, steps: int, threads: int, *, alone: bool) -> None:
         self.model, self.window, self.steps, self.threads, self.alone = model, window, steps, threads, alone
-        self.seconds: list[float] = []
-        self.rounds: list[float] = []
+        self.seconds: dict[int, list[float]] = {}
+        """By seed."""
+        self.rounds: dict[int, float] = {}
         self.phases: list[dict[str, float]] = []
+        """Seconds of a round."""
 
-    def run(self, repeat: int) -> None:
+    def run(self, seed: int, *, counts: bool) -> None:
         torch.set_num_threads(self.threads)
         begin = time.perf_counter()
         stats = free.speculative_sample(
@@ -94,21 +98,28 @@ class _Arm:
             class_labels=0,
             guidance_scale=GUIDANCE,
             num_inference_steps=self.steps,
-            seed=1000 + repeat,
+            seed=seed,
         ).stats
-        if repeat >= 0:
-            self.seconds.append(time.perf_counter() - begin)
-            self.rounds.append(float(stats.rounds.mean()))
-            self.phases.append(stats.seconds)
+        taken = time.perf_counter() - begin
         torch.set_num_threads(1)
+        if counts:
+            rounds = float(stats.rounds.mean())
+            self.seconds.setdefault(seed, []).append(taken)
+            self.rounds[seed] = rounds
+            self.phases.append({phase: seconds / rounds for phase, seconds in stats.seconds.items()})
+
+    @property
+    def least(self) -> float:
+        """Seconds a sample."""
+        return statistics.mean(map(min, self.seconds.values()))
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(itertools.chain(*self.seconds.values()))
 
     def of_a_round(self, phase: str) -> float:
-        """Seconds, the median."""
-        return statistics.median(phases[phase] / rounds for phases, rounds in zip(self.phases, self.rounds, strict=True))
+        """Seconds, the least."""
+        return min(phases[phase] for phases in self.phases)
 
 
 def _seconds(forward: Callable[[], Any]) -> float:
@@ -149,25 +160,27 @@ def _write(
             "benchmark": BENCHMARK,
             **common,
             "processes": options.processes,
+            "samples": options.seeds,
             "repeats": options.repeats,
-            "seconds_median": processes.median,
-            "seconds_one_thread_median": one.median,
-            "seconds_as_many_threads_median": threads.median,
-            "speedup": one.median / processes.median,
-            "speedup_of_threads": one.median / threads.median,
-            "rounds": statistics.mean(processes.rounds),
-            "rounds_one_thread": statistics.mean(one.rounds),
+            "seconds": processes.least,
+            "seconds_one_thread": one.least,
+            "seconds_as_many_threads": threads.least,
+            "speedup": one.least / processes.least,
+            "speedup_of_threads": one.least / threads.least,
+            "medians": {name: arm.median for name, arm in arms.items()},
+            "rounds": statistics.mean(processes.rounds.values()),
+            "rounds_one_thread": statistics.mean(one.rounds.values()),
             "seconds_of_a_round": {
                 name: {phase: arm.of_a_round(phase) for phase in arm.phases[0]} for name, arm in arms.items()
             },
             "seconds_of_exchange": exchange,
             "bytes_of_exchange": exchange_bytes(window, 1, math.prod(shape), _FLOAT_BYTES),
             "seconds_of_forwards": {str(states): seconds for states, seconds in forwards.items()},
-            "seconds": {name: arm.seconds for name, arm in arms.items()},
+            "all_seconds": {name: list(arm.seconds.values()) for name, arm in arms.items()},
         },
         options.results,
     )
-    print({name: value for name, value in row.items() if name not in ("seconds", "command")}, flush=True)
+    print({name: value for name, value in row.items() if name not in ("all_seconds", "command")}, flush=True)
     rest = one.of_a_round("draft") + one.of_a_round("verification")
     whole = forwards[window] + rest
     for count in (count for count in GPUS if count <= window):
@@ -194,7 +207,8 @@ def main(arguments: Sequence[str] | None = None, spawn: Callable[..., Any] = tor
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", type=Path, default=WEIGHTS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

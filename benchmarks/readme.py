@@ -13,9 +13,10 @@ from benchmarks.models import GUIDANCE
 from benchmarks.peers import peers
 from benchmarks.record import matches
 from benchmarks.rows import REMOVED, RESULTS, read_rows
+from benchmarks.scale import scale
 from free.evaluation.rows import ROOT
 
-_NAMES = ("gpu", "sampler", "compare", "quality", "picard")
+_NAMES = ("gpu", "sampler", "compare", "quality", "picard", "parallel")
 _SHOWN_WINDOWS = (8, 32)
 _WIDE = (4, 8, 16, 32, 64)
 _NO_GPU = (
@@ -344,6 +345,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[Mapping[str, Rows]], str]]] = {
     "peers": (ROOT / "README.md", peers),
     "performance": (ROOT / "docs" / "performance.md", performance),
     "relaxation": (ROOT / "docs" / "relaxation.md", relaxation),
+    "scale": (ROOT / "docs" / "scale.md", scale),
 }
 """The page that each pair of marks is in, and what stands between them."""
 

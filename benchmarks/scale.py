@@ -1,0 +1,63 @@
+"""What docs/scale.md says was measured of a window over processes, from the rows of :mod:`benchmarks.parallel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+BENCHMARK = "a window over processes"
+PROJECTION = "projection of a window over processes"
+
+
+def scale(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Markdown: seconds a sample of processes and of one, and what more of them would do."""
+    measured = _newest([row for row in rows["parallel"] if row["benchmark"] == BENCHMARK])
+    projected = _newest([row for row in rows["parallel"] if row["benchmark"] == PROJECTION])
+    if not measured:
+        return "\n"
+    first = measured[0]
+    lines = [
+        (
+            row["window"],
+            row["processes"],
+            f"{row['rounds']:.1f}",
+            f"{row['seconds_one_thread']:.2f}",
+            f"{row['seconds_as_many_threads']:.2f} ({row['speedup_of_threads']:.2f}x)",
+            f"{row['seconds']:.2f} (**{row['speedup']:.2f}x**)",
+        )
+        for row in measured
+    ]
+    parts = [
+        f"Seconds a sample on {first['device']}, each process on a core of its own, over gloo: {first['model']} (3072 "
+        f"numbers a sample), S = {first['steps']}, guidance {first['guidance_scale']}, {first['drafter']}, means over "
+        f"{first['samples']} samples of the least of {first['repeats']} repeats; speed-ups over one process of one thread, "
+        "by threads within a forward and by processes over the window:",
+        _table(("W", "processes", "rounds", "one thread", "as many threads", "as many processes"), lines),
+        "A projection, not a measurement: seconds of a round of W over those of its share on each of R such cores, drafting "
+        "and verification on each, and an exchange as it was measured between two processes:",
+        _table(
+            ("W", "R", "T(W / R), ms", "drafting and verification, ms", "exchange, ms", "projected"),
+            [
+                (
+                    row["window"],
+                    row["processes"],
+                    *(f"{1e3 * row[f'seconds_of_{part}']:.1f}" for part in ("share", "rest", "exchange")),
+                    f"{row['projected_speedup']:.2f}x",
+                )
+                for row in projected
+            ],
+        ),
+    ]
+    return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def _newest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each window and number of processes."""
+    latest = {(row["window"], row["processes"]): row for row in rows}
+    return [latest[key] for key in sorted(latest)]
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *lines))
