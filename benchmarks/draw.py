@@ -1,7 +1,8 @@
 """Figures, and the README's measured tables, from the rows: ``python -m benchmarks.draw``. Needs matplotlib.
 
 ``results/kernels-<device>.png`` and, of GPUs, ``results/gpu-<what>-<device>.png`` for each device that has rows, and
-``results/quality-<model>.png`` and ``results/compare-photo_dit.png``; the newest row of each measurement counts.
+``results/quality-<model>.png``, ``results/samplers-<model>.png`` and ``results/compare-photo_dit.png``; the newest row of
+each measurement counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 from benchmarks.figures import draw_gpu, figure_path
 from benchmarks.readme import of_enough, quality_path, write_blocks
 from benchmarks.rows import REMOVED, RESULTS, read_rows
+from benchmarks.samplers import drawn, figure
+from free.evaluation.pareto import draw_samplers
 from free.evaluation.report import draw as draw_compared
 from free.evaluation.report import draw_quality
 
@@ -38,6 +41,10 @@ def main() -> int:
     for model in dict.fromkeys(row["model"] for row in of_quality):
         draw_quality([row for row in of_quality if row["model"] == model], quality_path(model))
         print(quality_path(model).name)
+    pareto = read_rows("pareto")
+    for model in dict.fromkeys(row["model"] for row in pareto):
+        draw_samplers(drawn(pareto, model), figure(model))
+        print(figure(model).name)
     write_blocks()
     return 0
 

@@ -12,11 +12,12 @@ from benchmarks.latency import BEST, IMPLEMENTATIONS
 from benchmarks.models import GUIDANCE
 from benchmarks.peers import peers
 from benchmarks.record import matches
-from benchmarks.rows import REMOVED, RESULTS, read_rows
+from benchmarks.rows import REMOVED, RESULTS, markdown_table, read_rows
+from benchmarks.samplers import fewer_steps, samplers
 from benchmarks.scale import scale
 from free.evaluation.rows import ROOT
 
-_NAMES = ("gpu", "sampler", "compare", "quality", "picard", "parallel")
+_NAMES = ("gpu", "sampler", "compare", "quality", "picard", "parallel", "pareto")
 _SHOWN_WINDOWS = (8, 32)
 _WIDE = (4, 8, 16, 32, 64)
 _NO_GPU = (
@@ -102,7 +103,7 @@ def _end_to_end(device: str, rows: Rows) -> Iterator[str]:
             f"{row['seconds_per_sample']:.3g}", f"{row['speedup']['eager']:.2f}x",
             f"{row['speedup'][row['implementation']]:.2f}x", f"{bound:.2f}x" if bound else "-",
         ))  # fmt: skip
-    yield _table(
+    yield markdown_table(
         (
             "model",
             "batch",
@@ -150,7 +151,7 @@ def _by_implementation(device: str, rows: Rows) -> Iterator[str]:
         for group in groups
         for sampler in of_both
     ]
-    yield _table(("model", "batch", "sampler", *IMPLEMENTATIONS), lines)
+    yield markdown_table(("model", "batch", "sampler", *IMPLEMENTATIONS), lines)
 
 
 def _break_even(device: str, rows: Rows) -> Iterator[str]:
@@ -176,7 +177,7 @@ def _break_even(device: str, rows: Rows) -> Iterator[str]:
             )
             for group in groups
         ]
-        yield _table(("model", "batch", "T(1), ms", *(f"W = {window}" for window in _WIDE)), lines)
+        yield markdown_table(("model", "batch", "T(1), ms", *(f"W = {window}" for window in _WIDE)), lines)
         yield _image("gpu-latency", "T(W)", device)
 
 
@@ -187,7 +188,7 @@ def _share(device: str, rows: Rows) -> Iterator[str]:
     )  # fmt: skip
     if latest:
         yield f"Where a round goes on one {device}, {BEST}, beside the target's forward alone (100 % is the round):"
-        yield _table(
+        yield markdown_table(
             ("model", "batch", "drafter", "W", "round, ms", "drafting", "beside forward and drafting"),
             [
                 (
@@ -217,7 +218,7 @@ def _projection(device: str, rows: Rows) -> Iterator[str]:
             (row["model"], row["batch"], row["drafter"], row["window"], row["gpus"], f"{row['projected_speedup']:.2f}x")
             for row in latest
         ]
-        yield _table(("model", "batch", "drafter", "W", "GPUs", "projected"), lines)
+        yield markdown_table(("model", "batch", "drafter", "W", "GPUs", "projected"), lines)
 
 
 def _cpu(rows: Mapping[str, Rows]) -> Iterator[str]:
@@ -240,7 +241,7 @@ def _cpu(rows: Mapping[str, Rows]) -> Iterator[str]:
             )
             for row in seconds
         ]
-        yield _table(("S", "W", "batch", "ancestral", "speculative", "speed-up", "device"), lines)
+        yield markdown_table(("S", "W", "batch", "ancestral", "speculative", "speed-up", "device"), lines)
 
 
 def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
@@ -277,7 +278,7 @@ def _efficiency(model: str, words: str, rows: Rows) -> Iterator[str]:
         )
         for row in latest
     ]
-    yield _table(("drafter", "S", "W", "samples", "rounds", "S / rounds", "drafting", "device"), lines)
+    yield markdown_table(("drafter", "S", "W", "samples", "rounds", "S / rounds", "drafting", "device"), lines)
 
 
 def relaxation(rows: Mapping[str, Rows]) -> str:
@@ -305,7 +306,7 @@ def relaxation(rows: Mapping[str, Rows]) -> str:
             f"samples, {first['device']}; distances from real data without units, less is better:"
         )
         header = ("sampler", "S", "rounds", "S / rounds", "certified bound", "energy distance", "Fréchet distance")
-        parts.append(_table(header, lines))
+        parts.append(markdown_table(header, lines))
         parts.append(f"![distance from real data over rounds, {model}](../benchmarks/results/{quality_path(model).name})")
     return "\n" + "\n\n".join(parts) + "\n\n" if parts else "\n"
 
@@ -337,15 +338,13 @@ def _image(kind: str, words: str, device: str) -> str:
     return f"![{words}, {device}](../benchmarks/results/{figure_path(kind, device).name})"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *lines))
-
-
 BLOCKS: dict[str, tuple[Path, Callable[[Mapping[str, Rows]], str]]] = {
     "peers": (ROOT / "README.md", peers),
     "performance": (ROOT / "docs" / "performance.md", performance),
     "relaxation": (ROOT / "docs" / "relaxation.md", relaxation),
     "scale": (ROOT / "docs" / "scale.md", scale),
+    "samplers": (ROOT / "docs" / "samplers.md", samplers),
+    "fewer steps": (ROOT / "README.md", fewer_steps),
 }
 """The page that each pair of marks is in, and what stands between them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,8 @@ def write_row(
 def read_rows(name: str, results: Path = RESULTS) -> list[dict[str, Any]]:
     """All rows of ``results/<name>.jsonl``, oldest first."""
     return rows.read_rows(results / f"{name}.jsonl")
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """Lines of as many cells each, as a page shows them."""
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, ["---"] * len(header), *lines))

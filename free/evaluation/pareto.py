@@ -92,7 +92,12 @@ def draw_samplers(rows: Sequence[Row], output: Path) -> None:
                 )  # fmt: skip
             floor = float(np.mean([row["frechet_floor"] for row in here])) if distance == "frechet" else 0.0
             panel.axhline(floor, color="0.6", linewidth=1, zorder=0)
-            panel.set(xscale="log", xlabel="rounds", ylabel=DISTANCES[distance], title=f"guidance {scale:g}")
+            panel.set(
+                xscale="log",
+                xlabel="rounds",
+                ylabel=DISTANCES[distance],
+                title=f"guidance {scale:g}, {here[0]['samples']} samples",
+            )
             panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             panel.xaxis.set_major_formatter(plain)
             panel.xaxis.set_minor_formatter(NullFormatter())
@@ -105,5 +110,5 @@ def draw_samplers(rows: Sequence[Row], output: Path) -> None:
     ]  # fmt: skip
     handles.append(Line2D([], [], color="0.6", linewidth=1, label="real data, kept apart"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9)
-    figure.suptitle(f"model {rows[0]['model']}, {rows[0]['samples']} samples each; points are named by S")
+    figure.suptitle(f"model {rows[0]['model']}; points are named by S")
     figure.savefig(output, dpi=110)

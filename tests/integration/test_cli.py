@@ -137,6 +137,28 @@ def test_compare_prints_a_table_and_writes_rows_and_a_figure(tmp_path: Path, cap
     assert len(results.read_text().splitlines()) == 4
 
 
+def test_compare_draws_samplers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure, results = tmp_path / "samplers.png", tmp_path / "rows.jsonl"
+    arguments = [
+        "compare",
+        "--samplers",
+        "2m-sde:6",
+        "2m-ode:4",
+        "--data",
+        "digits",
+        "--samples",
+        "4",
+        "--drafters",
+        "gains",
+    ]
+    assert main([*arguments, "--guidance-scales", "1", "--output", str(figure), "--results", str(results)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("step by step") == 2
+    assert printed.count("gains, W=8") == 1
+    assert figure.read_bytes().startswith(PNG)
+    assert len(results.read_text().splitlines()) == 3
+
+
 @pytest.mark.slow
 def test_compare_is_interrupted_and_resumed(tmp_path: Path) -> None:
     figure, results = tmp_path / "compare.png", tmp_path / "rows.jsonl"
@@ -179,6 +201,9 @@ def test_compare_is_interrupted_and_resumed(tmp_path: Path) -> None:
         (["--relaxation", "1", "--budget", "1.5"], "budget is 1.5; allowed is a total variation"),
         (["--relaxation", "1", "--uncertainty", "learned"], "uncertainty is 'learned': model has no learned-variance"),
         (["--data", "photos"], "data is 'photos'; allowed are 'digits' or a .npz file"),
+        (["--samplers", "2m-side:15", "--data", "digits"], "sampler '2m-side:15' is unknown; known are 'ddpm'"),
+        (["--samplers", "ddpm:50", "--steps", "50", "--data", "digits"], "steps is given with samplers"),
+        (["--samplers", "ddpm:50"], "samplers are judged by real data, and data is None"),
     ],
 )
 def test_compare_refuses_with_exit_code_1_and_one_line(
