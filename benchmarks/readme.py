@@ -11,11 +11,12 @@ from benchmarks.figures import figure_path
 from benchmarks.latency import BEST, IMPLEMENTATIONS
 from benchmarks.models import GUIDANCE
 from benchmarks.peers import peers
+from benchmarks.policies.report import table as policies_table
 from benchmarks.record import matches
 from benchmarks.rows import RESULTS, read_rows
 from free.evaluation.rows import ROOT
 
-_NAMES = ("gpu", "sampler", "compare", "quality", "picard")
+_NAMES = ("gpu", "sampler", "compare", "quality", "picard", "policies")
 _SHOWN_WINDOWS = (8, 32)
 _WIDE = (4, 8, 16, 32, 64)
 _NO_GPU = (
@@ -342,6 +343,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[Mapping[str, Rows]], str]]] = {
     "peers": (ROOT / "README.md", peers),
     "performance": (ROOT / "docs" / "performance.md", performance),
     "relaxation": (ROOT / "docs" / "relaxation.md", relaxation),
+    "policies": (ROOT / "docs" / "policies.md", lambda rows: policies_table(rows["policies"])),
 }
 """The page that each pair of marks is in, and what stands between them."""
 
