@@ -1,8 +1,8 @@
 """Figures, and the README's measured tables, from the rows: ``python -m benchmarks.draw``. Needs matplotlib.
 
 ``results/kernels-<device>.png`` and, of GPUs, ``results/gpu-<what>-<device>.png`` for each device that has rows, and
-``results/quality-<model>.png``, ``results/samplers-<model>.png`` and ``results/compare-photo_dit.png``; the newest row of
-each measurement counts.
+``results/quality-<model>.png``, ``results/samplers-<model>.png``, ``results/compare-photo_dit.png`` and
+``results/policies.png``; the newest row of each measurement counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import draw_gpu, figure_path
+from benchmarks.policies import report as policies
 from benchmarks.readme import of_enough, quality_path, write_blocks
 from benchmarks.rows import REMOVED, RESULTS, read_rows
 from benchmarks.samplers import drawn, figure
@@ -45,6 +46,10 @@ def main() -> int:
     for model in dict.fromkeys(row["model"] for row in pareto):
         draw_samplers(drawn(pareto, model), figure(model))
         print(figure(model).name)
+    of_policies = read_rows("policies")
+    if policies.measured(of_policies):
+        policies.draw(of_policies)
+        print(policies.FIGURE)
     write_blocks()
     return 0
 

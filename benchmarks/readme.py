@@ -11,13 +11,14 @@ from benchmarks.figures import figure_path
 from benchmarks.latency import BEST, IMPLEMENTATIONS
 from benchmarks.models import GUIDANCE
 from benchmarks.peers import peers
+from benchmarks.policies.report import table as policies_table
 from benchmarks.record import matches
 from benchmarks.rows import REMOVED, RESULTS, markdown_table, read_rows
 from benchmarks.samplers import fewer_steps, samplers
 from benchmarks.scale import scale
 from free.evaluation.rows import ROOT
 
-_NAMES = ("gpu", "sampler", "compare", "quality", "picard", "parallel", "pareto")
+_NAMES = ("gpu", "sampler", "compare", "quality", "picard", "parallel", "pareto", "policies")
 _SHOWN_WINDOWS = (8, 32)
 _WIDE = (4, 8, 16, 32, 64)
 _NO_GPU = (
@@ -345,6 +346,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[Mapping[str, Rows]], str]]] = {
     "scale": (ROOT / "docs" / "scale.md", scale),
     "samplers": (ROOT / "docs" / "samplers.md", samplers),
     "fewer steps": (ROOT / "README.md", fewer_steps),
+    "policies": (ROOT / "docs" / "policies.md", lambda rows: policies_table(rows["policies"])),
 }
 """The page that each pair of marks is in, and what stands between them."""
 

@@ -109,7 +109,8 @@ def command() -> str:
     """The command line, without the paths of this machine."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
-        words = ["python", "-m", program.parent.name]
+        package = program.parent
+        words = ["python", "-m", ".".join(package.relative_to(ROOT).parts) if package.is_relative_to(ROOT) else package.name]
     elif program.is_relative_to(ROOT) and program.suffix == ".py":
         words = ["python", "-m", ".".join(program.relative_to(ROOT).with_suffix("").parts)]
     else:
