@@ -37,6 +37,7 @@ class _Made:
     """What every call needs."""
 
     setup: Setup
+    plan: int | WindowPlan
     schedule: Schedule
     graphs: Graphs | None
     weights: Any
@@ -196,7 +197,7 @@ class Sampler:
         setup = Setup.of(request, drafter, schedule.widest, asked.impl, schedule.reach(request.process))
         with request.running(drafter, features=drafter.needs_features):
             graphs = Graphs.of(setup) if captured and schedule.widest > 1 else None
-        made = _Made(setup, schedule, graphs, weights(request.target.module) if graphs else ())
+        made = _Made(setup, plan, schedule, graphs, weights(request.target.module) if graphs else ())
         self._draw(made, request.pilot(), None)
         self._made = made
         return made
@@ -234,7 +235,9 @@ class Sampler:
             samples, self.stats = result.samples, result.stats
         else:
             setup = replace(made.setup, request=request)
-            running = request.running(drafter, features=drafter.needs_features, compile=self._compile)
+            running = request.running(
+                drafter, features=drafter.needs_features, compile=self._compile, window=made.plan, impl=setup.impl
+            )
             with running, drafter.running(compile=self._compile):
                 if made.graphs:
                     made.graphs.account.reset()
