@@ -47,7 +47,7 @@ class Peeking(StepDrafter):
         later = last.states[row, column.clamp(0, last.states.shape[1] - 1)]
         aimed = (later - process.state_coef[step][:, None] * state) / process.model_coef[step][:, None]
         honest = situation.anchor(step).hold_x0(state, step, process)
-        return torch.where(known[:, None], 0.9 * honest + 0.1 * aimed, honest)
+        return torch.where(known[:, None], aimed, honest)
 
 
 class Honest(StepDrafter):
