@@ -20,7 +20,16 @@ from diffusers import DiTTransformer2DModel
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test marked ``gpu`` is skipped without CUDA, unless FREE_REQUIRE_GPU=1, which makes it fail instead."""
+    """A test marked ``gpu`` is skipped without CUDA, unless FREE_REQUIRE_GPU=1, which makes it fail instead; and one marked
+    ``fidelity`` without torch-fidelity, unless FREE_REQUIRE_FIDELITY=1.
+    """
+    if item.get_closest_marker("fidelity") is not None:
+        try:
+            import torch_fidelity  # noqa: F401
+        except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the latter
+            if os.environ.get("FREE_REQUIRE_FIDELITY") == "1":
+                pytest.fail(f"FREE_REQUIRE_FIDELITY=1, but torch-fidelity cannot be imported: {error}", pytrace=False)
+            pytest.skip("needs torch-fidelity, of the extra 'evaluate'")
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
     if os.environ.get("FREE_REQUIRE_GPU") == "1":
