@@ -173,6 +173,7 @@ def check_request(model: Any, options: Options) -> Request:
     return check_samples(*check_model(model, options), options)
 
 
+@on_cpu
 def check_model(model: Any, options: Options) -> tuple[Target, ReverseProcess, float]:
     """What the samples of a call share: target, process and guidance scale. Errors as of :func:`check_request`."""
     target = as_target(model)
@@ -188,7 +189,7 @@ def check_model(model: Any, options: Options) -> tuple[Target, ReverseProcess, f
             f"{(target.sample_shape or (0,))[0]} channels, as latents do, which go beyond: give a scheduler with "
             "clip_sample=False, unless the model was trained so",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     return target, process, guidance_scale
 

@@ -248,7 +248,7 @@ def test_an_interrupt_anywhere_loses_nothing(monkeypatch: pytest.MonkeyPatch) ->
         (core.Keys, "meet"),
     ):
         interrupting(owner, name)
-    engine = engine_of(scaled(), process=process)
+    engine = engine_of(scaled(), process=process, window={3: 4})
     handles = [engine.add(**request) for request in asked()]
     returned = []
     while engine.unfinished or engine._ended:

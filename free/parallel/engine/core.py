@@ -176,8 +176,8 @@ class Engine:
 
         Raises:
             RuntimeError: it is called from within a round.
-            Exception: whatever the model or the drafter raises. No sample has moved then, and the round may be tried again,
-                or a request be cancelled.
+            Exception: whatever the model or the drafter raises, also in the pilot run of automatic windows. No sample has
+                moved then, and the round may be tried again, or a request be cancelled.
         """
         with self._stepping:
             if self._in_step:
@@ -212,7 +212,8 @@ class Engine:
                 return  # all were cancelled
             self._rounds = self._begin(joining[0][1])
         rounds = self._rounds
-        self._keys.meet([handle for handle, _ in joining], under_way)
+        if isinstance(rounds.schedule, LoadWindow):
+            self._keys.meet([handle for handle, _ in joining], under_way)
         batch = self._batch = refill(self._batch, joining, rounds.setup, rounds.account)
         now = time.perf_counter()
         with self._adding:
