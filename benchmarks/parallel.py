@@ -1,19 +1,19 @@
 """Seconds a sample of a window over processes, against one process: ``python -m benchmarks.parallel``.
 
-Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns, seed
-by seed, and the least of a seed's repeats counts, as a machine that is busy with other things only adds; a process that is
-not meant waits for the others, asleep. What more processes would do is projected from what forwards of fewer states and an
-exchange take here.
+Shown on a CPU, each process on a core of its own with one thread, as a GPU each would be. Who is compared takes turns; a
+process that is not meant waits for the others, asleep. A repeat counts if other processes left the machine alone meanwhile.
+What more processes would do is projected from what forwards of fewer states and an exchange take here.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+import os
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +24,14 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import free
+from benchmarks.calm import Others
 from benchmarks.models import GUIDANCE, forward_of, request_of
 from benchmarks.projection import GPUS, exchange_bytes
 from benchmarks.rows import RESULTS, write_row
 from benchmarks.scale import BENCHMARK, PROJECTION
 from benchmarks.timing import median_microseconds
+from free.parallel.group import Group
+from free.sampling.request import Request
 from free.targets.loading import load_target
 
 NAME = "parallel"
@@ -36,8 +39,10 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "photo_dit"
 DRAFTER = "gains"
 _ONE, _THREADS, _PROCESSES = "one process, one thread", "one process, as many threads", "processes"
 _PATIENCE = timedelta(minutes=5)
-_EXCHANGES = 50
-_FORWARDS = 15
+_AT_ONCE = 8
+"""Forwards or exchanges of one repeat."""
+_CALM = 0.04
+"""Cores that other processes may take."""
 _FLOAT_BYTES = 4 * 2  # float32, and both halves of the guidance
 
 
@@ -54,98 +59,130 @@ def measure(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     target = load_target(options.model)
     split = free.WindowParallel(target)
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(options.processes)]
+    dist.all_gather(pids, torch.tensor([os.getpid()]))
+    others = Others([*map(int, pids), os.getppid()])
     for window in options.windows:
-        arms = {
-            _ONE: _Arm(target, window, options.steps, 1, alone=True),
-            _THREADS: _Arm(target, window, options.steps, options.processes, alone=True),
-            _PROCESSES: _Arm(split, window, options.steps, 1, alone=False),
+        arms: dict[str, _Arm] = {
+            _ONE: _Sampler(target, window, options.steps, 1, alone=True),
+            _THREADS: _Sampler(target, window, options.steps, options.processes, alone=True),
+            _PROCESSES: _Sampler(split, window, options.steps, 1, alone=False),
         }
-        for repeat in range(-1, options.repeats):  # the first one warms up
-            for seed in range(1000, 1000 + options.seeds):
-                for arm in arms.values():
-                    dist.barrier()
-                    if rank == 0 or not arm.alone:
-                        arm.run(seed, counts=repeat >= 0)
-        exchange = _exchange_seconds(split, window)
-        dist.barrier()
-        if rank == 0:
-            request = request_of(target, 1, GUIDANCE, options.steps)
-            shares = sorted({1, window, *(-(-window // count) for count in GPUS)})
-            forwards = {share: _seconds(forward_of(request, share)) for share in shares}
-            _write(arms, forwards, exchange, window, options)
-        dist.barrier()
+        request = request_of(target, 1, GUIDANCE, options.steps)
+        for share in sorted({1, window, *(-(-window // count) for count in GPUS)}):
+            arms[f"forward of {share}"] = _Forward(request, share)
+        arms["exchange"] = _Exchange(split, window)
+        end = time.perf_counter() + 60 * options.minutes
+        enough = warm = False
+        while not enough:
+            for arm in arms.values():
+                dist.barrier()
+                if rank == 0 or not arm.alone:
+                    others.begin()
+                    seconds = arm.run()
+                    if warm and others.share() < _CALM:
+                        arm.seconds.append(seconds)
+            warm = True
+            calm = min(len(arm.seconds) for arm in arms.values())
+            enough = split.ranks.any(rank == 0 and (calm >= options.repeats or time.perf_counter() > end))
+        if rank == 0 and calm:
+            _write(arms, split, window, options)
+        elif rank == 0:
+            print(f"other processes took more than {_CALM:.0%} of a core all the time: no row is written", flush=True)
     dist.destroy_process_group()
 
 
-class _Arm:
-    """One of those that are compared."""
+class _Arm(ABC):
+    """Something that is measured again and again."""
+
+    alone = True
+    """Whether one process does it while the others wait."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        """Of those that count."""
+
+    @abstractmethod
+    def run(self) -> float:
+        """Once; seconds."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class _Sampler(_Arm):
+    """A sample, the same each time."""
 
     def __init__(self, model: Any, window: int, steps: int, threads: int, *, alone: bool) -> None:
+        super().__init__()
         self.model, self.window, self.steps, self.threads, self.alone = model, window, steps, threads, alone
-        self.seconds: dict[int, list[float]] = {}
-        """By seed."""
-        self.rounds: dict[int, float] = {}
-        self.phases: list[dict[str, float]] = []
-        """Seconds of a round."""
 
-    def run(self, seed: int, *, counts: bool) -> None:
+    def run(self) -> float:
         torch.set_num_threads(self.threads)
         begin = time.perf_counter()
-        stats = free.speculative_sample(
+        self.stats = free.speculative_sample(
             self.model,
             DRAFTER,
             window=self.window,
             class_labels=0,
             guidance_scale=GUIDANCE,
             num_inference_steps=self.steps,
-            seed=seed,
+            seed=1000,
         ).stats
         taken = time.perf_counter() - begin
         torch.set_num_threads(1)
-        if counts:
-            rounds = float(stats.rounds.mean())
-            self.seconds.setdefault(seed, []).append(taken)
-            self.rounds[seed] = rounds
-            self.phases.append({phase: seconds / rounds for phase, seconds in stats.seconds.items()})
+        return taken
 
     @property
-    def least(self) -> float:
-        """Seconds a sample."""
-        return statistics.mean(map(min, self.seconds.values()))
-
-    @property
-    def median(self) -> float:
-        return statistics.median(itertools.chain(*self.seconds.values()))
-
-    def of_a_round(self, phase: str) -> float:
-        """Seconds, the least."""
-        return min(phases[phase] for phases in self.phases)
+    def rounds(self) -> float:
+        return float(self.stats.rounds.mean())
 
 
-def _seconds(forward: Callable[[], Any]) -> float:
-    return 1e-6 * median_microseconds(forward, torch.device("cpu"), _FORWARDS, flush=False)
+class _Forward(_Arm):
+    """The target's forward over so many states."""
+
+    def __init__(self, request: Request, states: int) -> None:
+        super().__init__()
+        self._forward = forward_of(request, states)
+
+    def run(self) -> float:
+        return 1e-6 * median_microseconds(self._forward, torch.device("cpu"), _AT_ONCE, flush=False)
 
 
-def _exchange_seconds(split: free.WindowParallel, window: int) -> float:
+class _Exchange(_Arm):
     """Of a round's outputs and its settled state, between processes that have nothing else to do."""
-    shape = split.sample_shape
-    assert shape is not None
-    share = -(-window // split.ranks.size)
-    outputs = [torch.randn(share, *shape) for _ in ("conditional", "unconditional")]
-    taken = []
-    for _ in range(_EXCHANGES):
+
+    alone = False
+
+    def __init__(self, split: free.WindowParallel, window: int) -> None:
+        super().__init__()
+        shape = split.sample_shape
+        assert shape is not None
+        self._ranks, self._window = split.ranks, window
+        share = -(-window // split.ranks.size)
+        self._outputs = [torch.randn(share, *shape) for _ in ("conditional", "unconditional")]
+
+    def run(self) -> float:
+        assert isinstance(self._ranks, Group)
         begin = time.perf_counter()
-        split.ranks.gather(window, outputs)
-        split.ranks.settled(lambda: (outputs[0][0],))
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+        for _ in range(_AT_ONCE):
+            self._ranks.gather(self._window, self._outputs)
+            self._ranks.settled(lambda: (self._outputs[0][0],))
+        return (time.perf_counter() - begin) / _AT_ONCE
 
 
-def _write(
-    arms: dict[str, _Arm], forwards: dict[int, float], exchange: float, window: int, options: argparse.Namespace
-) -> None:
-    one, threads, processes = arms.values()
-    shape = one.model.sample_shape
+def _write(arms: dict[str, _Arm], split: free.WindowParallel, window: int, options: argparse.Namespace) -> None:
+    one, threads, processes = (arms[name] for name in (_ONE, _THREADS, _PROCESSES))
+    assert isinstance(one, _Sampler)
+    assert isinstance(processes, _Sampler)
+    forwards = {int(name.split()[-1]): arm.median for name, arm in arms.items() if isinstance(arm, _Forward)}
+    exchange, shape = arms["exchange"].median, split.sample_shape
+    assert shape is not None
+    of_exchange = {
+        "seconds_of_exchange": exchange,
+        "bytes_of_exchange": exchange_bytes(window, 1, math.prod(shape), _FLOAT_BYTES),
+    }
     common = {
         "model": options.model.name,
         "steps": options.steps,
@@ -160,29 +197,21 @@ def _write(
             "benchmark": BENCHMARK,
             **common,
             "processes": options.processes,
-            "samples": options.seeds,
-            "repeats": options.repeats,
-            "seconds": processes.least,
-            "seconds_one_thread": one.least,
-            "seconds_as_many_threads": threads.least,
-            "speedup": one.least / processes.least,
-            "speedup_of_threads": one.least / threads.least,
-            "medians": {name: arm.median for name, arm in arms.items()},
-            "rounds": statistics.mean(processes.rounds.values()),
-            "rounds_one_thread": statistics.mean(one.rounds.values()),
-            "seconds_of_a_round": {
-                name: {phase: arm.of_a_round(phase) for phase in arm.phases[0]} for name, arm in arms.items()
-            },
-            "seconds_of_exchange": exchange,
-            "bytes_of_exchange": exchange_bytes(window, 1, math.prod(shape), _FLOAT_BYTES),
-            "seconds_of_forwards": {str(states): seconds for states, seconds in forwards.items()},
-            "all_seconds": {name: list(arm.seconds.values()) for name, arm in arms.items()},
+            "repeats": {name: len(arm.seconds) for name, arm in arms.items()},
+            "seconds_median": processes.median,
+            "seconds_one_thread_median": one.median,
+            "seconds_as_many_threads_median": threads.median,
+            "speedup": one.median / processes.median,
+            "speedup_of_threads": one.median / threads.median,
+            "rounds": processes.rounds,
+            "rounds_one_thread": one.rounds,
+            "seconds_of_forwards": {str(states): forwards[states] for states in sorted(forwards)},
+            **of_exchange,
         },
         options.results,
     )
-    print({name: value for name, value in row.items() if name not in ("all_seconds", "command")}, flush=True)
-    rest = one.of_a_round("draft") + one.of_a_round("verification")
-    whole = forwards[window] + rest
+    print({name: value for name, value in row.items() if name != "command"}, flush=True)
+    rest = one.median / one.rounds - forwards[window]
     for count in (count for count in GPUS if count <= window):
         share = forwards[-(-window // count)]
         write_row(
@@ -193,9 +222,8 @@ def _write(
                 "processes": count,
                 "seconds_of_share": share,
                 "seconds_of_rest": rest,
-                "seconds_of_exchange": exchange,
-                "link_bytes_per_second": exchange_bytes(window, 1, math.prod(shape), _FLOAT_BYTES) / exchange,
-                "projected_speedup": whole / (share + rest + exchange),
+                **of_exchange,
+                "projected_speedup": (forwards[window] + rest) / (share + rest + exchange),
                 "is_projection": "not measured: T(ceil(W / R)) of one process, and an exchange as between two here",
             },
             options.results,
@@ -207,8 +235,8 @@ def main(arguments: Sequence[str] | None = None, spawn: Callable[..., Any] = tor
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7, help="that count, of everything")
+    parser.add_argument("--minutes", type=float, default=3.0, help="after which fewer repeats will do, a window")
     parser.add_argument("--model", type=Path, default=WEIGHTS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

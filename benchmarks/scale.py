@@ -22,17 +22,17 @@ def scale(rows: Mapping[str, Sequence[Row]]) -> str:
         (
             row["window"],
             row["processes"],
-            f"{row['rounds']:.1f}",
-            f"{row['seconds_one_thread']:.2f}",
-            f"{row['seconds_as_many_threads']:.2f} ({row['speedup_of_threads']:.2f}x)",
-            f"{row['seconds']:.2f} (**{row['speedup']:.2f}x**)",
+            f"{row['rounds']:.0f}",
+            f"{row['seconds_one_thread_median']:.2f}",
+            f"{row['seconds_as_many_threads_median']:.2f} ({row['speedup_of_threads']:.2f}x)",
+            f"{row['seconds_median']:.2f} (**{row['speedup']:.2f}x**)",
         )
         for row in measured
     ]
     parts = [
         f"Seconds a sample on {first['device']}, each process on a core of its own, over gloo: {first['model']} (3072 "
-        f"numbers a sample), S = {first['steps']}, guidance {first['guidance_scale']}, {first['drafter']}, means over "
-        f"{first['samples']} samples of the least of {first['repeats']} repeats; speed-ups over one process of one thread, "
+        f"numbers a sample), S = {first['steps']}, guidance {first['guidance_scale']}, {first['drafter']}, medians "
+        "of repeats in which other processes left the machine alone; speed-ups over one process of one thread, "
         "by threads within a forward and by processes over the window:",
         _table(("W", "processes", "rounds", "one thread", "as many threads", "as many processes"), lines),
         "A projection, not a measurement: seconds of a round of W over those of its share on each of R such cores, drafting "
