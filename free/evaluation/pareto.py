@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from free.evaluation.report import DISTANCES
+from free.evaluation.samplers import sampler_of
 from free.sampling.statistics import aligned
 
 Row = dict[str, Any]
 
-_MARKERS = ("o", "s", "D", "v", "P", "X")
+_OPEN = {"step by step": "o", "deterministic": "^"}
+_FILLED = ("o", "s", "D", "v", "P", "X")
 
 
 def sampler_table(rows: Sequence[Row]) -> str:
@@ -44,7 +46,9 @@ def sampler_table(rows: Sequence[Row]) -> str:
 
 def how(row: Row) -> str:
     """How a sampler was drawn."""
-    return "step by step" if row["window"] == 1 else f"{row['drafter']}, W={row['window']}"
+    if row["window"] > 1:
+        return f"{row['drafter']}, W={row['window']}"
+    return "deterministic" if sampler_of(row["sampler"]).deterministic else "step by step"
 
 
 def family(row: Row) -> str:
@@ -56,8 +60,8 @@ def family(row: Row) -> str:
 def draw_samplers(rows: Sequence[Row], output: Path) -> None:
     """A line of panels a guidance scale: both distances over rounds, Fréchet first.
 
-    A kind of samplers is a colour; open marks are step by step, filled ones speculative, a shape for each drafter and
-    window; a line leads from a sampler to itself, speculated. Points are named by S.
+    A kind of samplers is a colour; open marks are step by step, triangles of those without noise, filled ones speculative,
+    a shape for each drafter and window; a line leads from a sampler to itself, speculated. Points are named by S.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -67,7 +71,7 @@ def draw_samplers(rows: Sequence[Row], output: Path) -> None:
     families = list(dict.fromkeys(map(family, rows)))
     color = {name: f"C{i % 10}" for i, name in enumerate(families)}
     ways = list(dict.fromkeys(how(row) for row in rows if row["window"] > 1))
-    marker = {"step by step": "o", **dict(zip(ways, _MARKERS * len(ways), strict=False))}
+    marker = {**_OPEN, **dict(zip(ways, _FILLED * len(ways), strict=False))}
     figure = Figure(figsize=(12, 4.4 * len(scales) + 1.1), layout="constrained")
     panels = figure.subplots(len(scales), 2, squeeze=False)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
@@ -98,14 +102,14 @@ def draw_samplers(rows: Sequence[Row], output: Path) -> None:
                 ylabel=DISTANCES[distance],
                 title=f"guidance {scale:g}, {here[0]['samples']} samples",
             )
-            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
             panel.xaxis.set_major_formatter(plain)
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3)
     handles = [Line2D([], [], color=color[name], linewidth=4, label=name) for name in families]
     handles += [
         Line2D([], [], color="0.3", marker=shape, linestyle="none", label=way,
-               markerfacecolor="white" if way == "step by step" else None)
+               markerfacecolor="white" if way in _OPEN else None)
         for way, shape in marker.items()
     ]  # fmt: skip
     handles.append(Line2D([], [], color="0.6", linewidth=1, label="real data, kept apart"))
