@@ -43,8 +43,13 @@ def timestep_name(module: torch.nn.Module) -> str | None:
 
 
 def _parameters(module: torch.nn.Module) -> list[str]:
-    """The names of what a network's forward takes; of one made by ``torch.compile(module)``, what the one inside takes."""
-    return list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
+    """The names of what a network's forward takes; of one made by ``torch.compile(module)`` or by PEFT, what the one inside
+    takes.
+    """
+    inside = getattr(module, "_orig_mod", module)
+    if hasattr(inside, "get_base_model"):
+        inside = inside.get_base_model()
+    return list(inspect.signature(inside.forward).parameters)
 
 
 class Network:

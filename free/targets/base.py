@@ -35,6 +35,28 @@ class TargetOutput:
     and log beta (1), mean over the sample's elements; of the conditional half."""
 
 
+def _knows_modes(module: torch.nn.Module) -> bool:
+    """Whether train mode may change what a part of a model returns; an adapter (LoRA) leaves its parts in that mode."""
+    if isinstance(module, (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)):
+        return module.p > 0
+    return not (type(module) in _MODELESS or type(module).__module__.startswith("peft."))
+
+
+_MODELESS = (
+    torch.nn.Identity,
+    torch.nn.Linear,
+    torch.nn.Embedding,
+    torch.nn.Conv1d,
+    torch.nn.Conv2d,
+    torch.nn.Conv3d,
+    torch.nn.ModuleDict,
+    torch.nn.ModuleList,
+    torch.nn.ParameterDict,
+    torch.nn.ParameterList,
+    torch.nn.Sequential,
+)
+
+
 class Target(ABC):
     """The exact model, ready to be evaluated at any states of any steps in one forward.
 
@@ -79,7 +101,7 @@ class Target(ABC):
         """
         if self.module is None:
             return
-        if any(module.training for module in self.module.modules()):
+        if self.module.training or any(module.training and _knows_modes(module) for module in self.module.modules()):
             raise ValueError("model is in train mode, where labels and activations are dropped at random; call model.eval()")
         hook = _stateful_hook(self.module)
         if hook is not None:
