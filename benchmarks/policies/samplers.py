@@ -62,6 +62,7 @@ SAMPLERS = (
     Sampler("2M SDE", 15, "gains", 8),
     Sampler("DDPM", 100, "hold-x0", 16),
     Sampler("DDPM", 100, "gains", "auto"),
+    Sampler("DDPM", 100, "hold-x0", "auto"),
     Sampler("DDPM", 100, "gains", 8),
     Sampler("DDPM", 100, "gains", 32),
     Sampler("diffusers DDIM", 16),
