@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sampler", choices=["speculative", "ancestral"], default="ancestral")
     parser.add_argument("--window", type=int, default=1, help="of the speculative sampler")
     parser.add_argument("--format", choices=["png", "npz"], default="png")
-    parser.add_argument("--processes", type=int, default=1, help="of one thread each, started by torchrun")
+    parser.add_argument(
+        "--processes", type=int, default=None,
+        help="time the command, started by torchrun with so many processes of one thread, loading included",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "format": given.format, "processes": given.processes, **settings,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        if given.processes == 1:
+        if given.processes is None:
             model = load_digits_dit()
             options = {"num_inference_steps": given.steps, "guidance_scale": given.guidance_scale}
             sample_to_folder(model, Path(scratch) / "warm", **{**settings, "num_samples": given.batch_size}, **options)

@@ -26,10 +26,10 @@ def test_the_command_is_installed_under_its_own_name() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["train-drafter", "--help"], ["compare", "--help"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", ["", "demo", "compare", "train-drafter", "sample", "evaluate", "check"])
+def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(arguments)
+        main([*filter(None, [verb]), "--help"])
     assert exit_.value.code == 0
     assert "usage: free-dit" in capsys.readouterr().out
 
