@@ -76,6 +76,13 @@ def assert_alone(handles: list[Any], requests: list[Asked], model: Any, drafter:
         assert handle.stats.rounds == expected.stats.rounds[0]
 
 
+@pytest.fixture(params=[False, True], ids=["shapes as they come", "static shapes"])
+def _shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Setup.of
+    if request.param:
+        monkeypatch.setattr(Setup, "of", lambda *args: dataclasses.replace(of(*args), static_shapes=True))
+
+
 # --- bits -----------------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +167,7 @@ def test_features(dit: DiTTransformer2DModel) -> None:
 # --- what goes wrong ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_shapes")
 def test_nan_ends_its_own_request_and_no_other() -> None:
     process = make_process()
 
@@ -300,6 +308,7 @@ def test_statistics_of_requests() -> None:
     assert 0 < engine.stats.target_evaluations <= 4 * engine.stats.rounds
 
 
+@pytest.mark.usefixtures("_shapes")
 def test_requests_that_are_cancelled() -> None:
     engine = engine_of(scaled(), process=make_process(), slots=2)
     handles = [engine.add(**request) for request in asked()[:5]]
