@@ -40,9 +40,14 @@ def checksum(*tensors: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
         for number, words in enumerate(_words(tensor).split(_AT_ONCE)):
-            place = torch.arange(len(words), device=words.device) + (number * _AT_ONCE + 1)
-            total = total * 3 + (words * (place * _ODD | 1)).sum()
+            total = total * 3 + (words * _odd(len(words), number, words.device)).sum()
     return total
+
+
+@functools.lru_cache(maxsize=8)
+def _odd(count: int, part: int, device: torch.device) -> torch.Tensor:
+    """int64 [N]: an odd number for each of ``count`` places of a part."""
+    return (torch.arange(count, device=device) + (part * _AT_ONCE + 1)) * _ODD | 1
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
