@@ -21,8 +21,8 @@ class Others:
         self._before = self._ticks()
 
     def share(self) -> float:
-        """Cores that they took since."""
-        ticks = self._ticks() - self._before
+        """Cores that they took since; a tick more or less is nothing."""
+        ticks = self._ticks() - self._before - 1
         return max(0.0, ticks / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - self._begin))
 
     def _ticks(self) -> int:
@@ -30,9 +30,11 @@ class Others:
         everybody = Path("/proc/stat")
         if not everybody.exists():
             return 0
-        user, nice, system, _idle, _waiting, *rest = map(int, everybody.read_text().splitlines()[0].split()[1:9])
+        # interrupts are nobody's, and may well be our own messages
+        counts = [int(count) for count in everybody.read_text().splitlines()[0].split()[1:9]]
+        user, nice, system, _idle, _waiting, _interrupts, _soft_interrupts, stolen = counts
         own = 0
         for file in self._own:
             fields = file.read_text().rpartition(")")[2].split()
             own += int(fields[11]) + int(fields[12])  # in its own code, and in the system's for it
-        return user + nice + system + sum(rest) - own
+        return user + nice + system + stolen - own

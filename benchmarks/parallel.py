@@ -8,6 +8,7 @@ What more processes would do is projected from what forwards of fewer states and
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -32,15 +33,16 @@ from benchmarks.scale import BENCHMARK, PROJECTION
 from benchmarks.timing import median_microseconds
 from free.parallel.group import Group
 from free.sampling.request import Request
+from free.targets import Target
 from free.targets.loading import load_target
 
 NAME = "parallel"
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "photo_dit"
-DRAFTER = "gains"
 _ONE, _THREADS, _PROCESSES = "one process, one thread", "one process, as many threads", "processes"
 _PATIENCE = timedelta(minutes=5)
-_AT_ONCE = 8
-"""Forwards or exchanges of one repeat."""
+_AT_ONCE = 10
+"""Forwards of one repeat."""
+_EXCHANGES = 100
 _CALM = 0.04
 """Cores that other processes may take."""
 _FLOAT_BYTES = 4 * 2  # float32, and both halves of the guidance
@@ -62,11 +64,11 @@ def measure(rank: int, options: argparse.Namespace, store: str) -> None:
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(options.processes)]
     dist.all_gather(pids, torch.tensor([os.getpid()]))
     others = Others([*map(int, pids), os.getppid()])
-    for window in options.windows:
+    for window, drafter in itertools.product(options.windows, options.drafters):
         arms: dict[str, _Arm] = {
-            _ONE: _Sampler(target, window, options.steps, 1, alone=True),
-            _THREADS: _Sampler(target, window, options.steps, options.processes, alone=True),
-            _PROCESSES: _Sampler(split, window, options.steps, 1, alone=False),
+            _ONE: _Sampler(target, drafter, window, options.steps, 1),
+            _THREADS: _Sampler(target, drafter, window, options.steps, options.processes),
+            _PROCESSES: _Sampler(split, drafter, window, options.steps, 1),
         }
         request = request_of(target, 1, GUIDANCE, options.steps)
         for share in sorted({1, window, *(-(-window // count) for count in GPUS)}):
@@ -114,16 +116,17 @@ class _Arm(ABC):
 class _Sampler(_Arm):
     """A sample, the same each time."""
 
-    def __init__(self, model: Any, window: int, steps: int, threads: int, *, alone: bool) -> None:
+    def __init__(self, model: Target, drafter: str, window: int, steps: int, threads: int) -> None:
         super().__init__()
-        self.model, self.window, self.steps, self.threads, self.alone = model, window, steps, threads, alone
+        self.model, self.drafter, self.window, self.steps, self.threads = model, drafter, window, steps, threads
+        self.alone = model.ranks.size == 1
 
     def run(self) -> float:
         torch.set_num_threads(self.threads)
         begin = time.perf_counter()
         self.stats = free.speculative_sample(
             self.model,
-            DRAFTER,
+            self.drafter,
             window=self.window,
             class_labels=0,
             guidance_scale=GUIDANCE,
@@ -166,10 +169,10 @@ class _Exchange(_Arm):
     def run(self) -> float:
         assert isinstance(self._ranks, Group)
         begin = time.perf_counter()
-        for _ in range(_AT_ONCE):
+        for _ in range(_EXCHANGES):
             self._ranks.gather(self._window, self._outputs)
             self._ranks.settled(lambda: (self._outputs[0][0],))
-        return (time.perf_counter() - begin) / _AT_ONCE
+        return (time.perf_counter() - begin) / _EXCHANGES
 
 
 def _write(arms: dict[str, _Arm], split: free.WindowParallel, window: int, options: argparse.Namespace) -> None:
@@ -188,7 +191,7 @@ def _write(arms: dict[str, _Arm], split: free.WindowParallel, window: int, optio
         "steps": options.steps,
         "batch": 1,
         "guidance_scale": GUIDANCE,
-        "drafter": DRAFTER,
+        "drafter": one.drafter,
         "window": window,
     }
     row = write_row(
@@ -234,9 +237,10 @@ def main(arguments: Sequence[str] | None = None, spawn: Callable[..., Any] = tor
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--drafters", nargs="+", default=["gains", "hold-x0"])
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--repeats", type=int, default=7, help="that count, of everything")
-    parser.add_argument("--minutes", type=float, default=3.0, help="after which fewer repeats will do, a window")
+    parser.add_argument("--minutes", type=float, default=3.0, help="after which fewer repeats will do, a window and drafter")
     parser.add_argument("--model", type=Path, default=WEIGHTS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

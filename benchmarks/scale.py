@@ -20,6 +20,7 @@ def scale(rows: Mapping[str, Sequence[Row]]) -> str:
     first = measured[0]
     lines = [
         (
+            row["drafter"],
             row["window"],
             row["processes"],
             f"{row['rounds']:.0f}",
@@ -31,16 +32,17 @@ def scale(rows: Mapping[str, Sequence[Row]]) -> str:
     ]
     parts = [
         f"Seconds a sample on {first['device']}, each process on a core of its own, over gloo: {first['model']} (3072 "
-        f"numbers a sample), S = {first['steps']}, guidance {first['guidance_scale']}, {first['drafter']}, medians "
-        "of repeats in which other processes left the machine alone; speed-ups over one process of one thread, "
+        f"numbers a sample), S = {first['steps']}, guidance {first['guidance_scale']}, medians of "
+        "repeats in which other processes left the machine alone; speed-ups over one process of one thread, "
         "by threads within a forward and by processes over the window:",
-        _table(("W", "processes", "rounds", "one thread", "as many threads", "as many processes"), lines),
+        _table(("drafter", "W", "processes", "rounds", "one thread", "as many threads", "as many processes"), lines),
         "A projection, not a measurement: seconds of a round of W over those of its share on each of R such cores, drafting "
         "and verification on each, and an exchange as it was measured between two processes:",
         _table(
-            ("W", "R", "T(W / R), ms", "drafting and verification, ms", "exchange, ms", "projected"),
+            ("drafter", "W", "R", "T(W / R), ms", "drafting and verification, ms", "exchange, ms", "projected"),
             [
                 (
+                    row["drafter"],
                     row["window"],
                     row["processes"],
                     *(f"{1e3 * row[f'seconds_of_{part}']:.1f}" for part in ("share", "rest", "exchange")),
@@ -54,8 +56,8 @@ def scale(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _newest(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each window and number of processes."""
-    latest = {(row["window"], row["processes"]): row for row in rows}
+    """The last row of each drafter, window and number of processes."""
+    latest = {(row["drafter"], row["window"], row["processes"]): row for row in rows}
     return [latest[key] for key in sorted(latest)]
 
 

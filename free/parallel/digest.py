@@ -22,6 +22,8 @@ from free.windows import WindowPlan
 
 _AT_ONCE = 2**22
 """Words of 4 bytes that a checksum looks at in one go: weights are large."""
+_KEPT = 2**18
+"""Words of those whose factors are kept for the next round."""
 _LONG = 160
 """Characters of a description."""
 _ODD = -7046029254386353131  # 2^64 over the golden ratio
@@ -39,10 +41,18 @@ def checksum(*tensors: torch.Tensor) -> torch.Tensor:
     """
     total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
-        for number, words in enumerate(_words(tensor).split(_AT_ONCE)):
-            place = torch.arange(len(words), device=words.device) + (number * _AT_ONCE + 1)
-            total = total * 3 + (words * (place * _ODD | 1)).sum()
+        for words in _words(tensor).split(_AT_ONCE):
+            odd = _odd if len(words) > _KEPT else _odd_once
+            total = total * 3 + (words * odd(len(words), words.device)).sum()
     return total
+
+
+def _odd(count: int, device: torch.device) -> torch.Tensor:
+    """int64 [N]: an odd number for each place."""
+    return torch.arange(1, count + 1, device=device) * _ODD | 1
+
+
+_odd_once = functools.lru_cache(maxsize=8)(_odd)
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
