@@ -13,6 +13,7 @@ import free
 
 pytest.importorskip("matplotlib")
 
+from benchmarks import samplers
 from benchmarks.draw import draw
 from benchmarks.rows import read_rows, write_row
 from benchmarks.test_kernels import OPERATIONS, SHAPES
@@ -66,3 +67,44 @@ def test_picard_iteration_without_tolerance_is_the_step_by_step_sampler() -> Non
     near, fewer = picard_sample(request, 5, 0.1)
     assert (fewer < rounds).all()
     assert 1e-4 < (near - exact).square().mean().sqrt() < 0.3
+
+
+def sampler_row(sampler: str, rounds: float, distance: float, **given: Any) -> dict[str, Any]:
+    usual = {
+        "time": "1", "model": "digits", "guidance_scale": 1.0, "samples": 300, "window": 1, "drafter": "ancestral",
+        "steps": int(sampler.split(":")[1]), "frechet_error": 0.1, "frechet_floor": 0.5, "energy_error": 0.01,
+        "parallel_efficiency": 2.0, "standard_error": 0.1,
+    }  # fmt: skip
+    row = {"sampler": sampler, "rounds": rounds, "frechet_distance": distance, "energy_distance": distance / 10}
+    return {**row, **usual, **given}
+
+
+def test_samplers_are_shown_at_the_distance_of_most_samples() -> None:
+    gains = {"drafter": "gains", "window": 8}
+    rows = [
+        sampler_row("2m-sde:15", 15, 9.0, samples=1000),  # measured again
+        sampler_row("2m-sde:15", 15, 2.0, samples=1000),
+        sampler_row("2m-sde:15", 15, 3.0),
+        sampler_row("2m-ode:10", 10, 4.0, samples=1000),
+        sampler_row("ddpm:20", 20, 5.0),
+        sampler_row("ddpm:20", 20, 6.0, samples=20),  # too few for a distance
+        sampler_row("2m-sde:15", 7.5, 8.0, samples=20, **gains),
+        sampler_row("2m-sde:15", 7.0, 7.0, samples=48, **gains),
+    ]
+    told = [(row["sampler"], row["window"], row["rounds"], row["frechet_distance"], row["samples"]) for row in
+            samplers.drawn(rows, "digits")]  # fmt: skip
+    assert told == [
+        ("2m-sde:15", 1, 15, 2.0, 1000),
+        ("2m-sde:15", 8, 7.0, 2.0, 1000),
+        ("2m-ode:10", 1, 10, 4.0, 1000),
+    ]
+    page = samplers.samplers({"pareto": rows})
+    assert "| DPM-Solver++ 2M SDE | 15 | 7.0 ± 0.4 | - | 2.0000 ± 0.1000 | 0.2000 ± 0.0100 |" in page
+    first, second = page.index("guidance 1, 1000 samples"), page.index("guidance 1, 300 samples")
+    assert first < page.index("2.0000 ± ") < second < page.index("| DDPM | 20 |") < page.index("3.0000 ± ")
+    assert "9.0000" not in page
+    assert "6.0000" not in page
+    assert samplers.fewer_steps({"pareto": rows}) == "\n"  # of another model
+    photos = [{**row, "model": "photo_dit"} for row in rows]
+    lines = [line for line in samplers.fewer_steps({"pareto": photos}).splitlines() if "DPM" in line]
+    assert lines == ["| DPM-Solver++ 2M SDE, S=15, **speculated** | 7.0 | 2.000 ± 0.100 | 200.0 ± 10.0 |"]
