@@ -101,7 +101,7 @@ def test_samplers_are_shown_at_the_distance_of_most_samples() -> None:
     page = samplers.samplers({"pareto": rows})
     assert "| DPM-Solver++ 2M SDE | 15 | 7.0 ± 0.4 | - | 2.0000 ± 0.1000 | 0.2000 ± 0.0100 |" in page
     first, second = page.index("guidance 1, 1000 samples"), page.index("guidance 1, 300 samples")
-    assert first < page.index("2.0000 ± ") < second < page.index("3.0000 ± ") < page.index("| DDPM | 20 |")
+    assert first < page.index("2.0000 ± ") < second < page.index("| DDPM | 20 |") < page.index("3.0000 ± ")
     assert "9.0000" not in page
     assert "6.0000" not in page
     assert samplers.fewer_steps({"pareto": rows}) == "\n"  # of another model
