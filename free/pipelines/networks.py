@@ -48,7 +48,7 @@ def _parameters(module: torch.nn.Module) -> list[str]:
     """
     inside = getattr(module, "_orig_mod", module)
     if hasattr(inside, "get_base_model"):
-        inside = inside.get_base_model()
+        inside = inside.get_base_model()  # type: ignore[operator]
     return list(inspect.signature(inside.forward).parameters)
 
 
