@@ -72,7 +72,7 @@ def check_pipeline(
     *,
     window: int | str | WindowPlan = 5,
     mode: str = "ragged",
-    drafter: str | Drafter | Any = "hold-x0",
+    drafter: str | Drafter | Any = "gains",
     tolerance: float | None = None,
     verbose: bool = True,
     **call: Any,

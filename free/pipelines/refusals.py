@@ -40,6 +40,10 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "guidance_schedule": (_none, "None", "the guidance scale follows the number of the step"),
     "callback_steps": (lambda value: value in (None, 1), "1", "the callback is called by the number of the step"),
     "enable_temporal_reasoning": (_zero, "False", "frames are dropped at a step's number"),
+    "gligen_scheduled_sampling_beta": (_one, "1", "grounding ends by the number of the step"),
+    "cfg_interval_start": (_zero, "0", "guidance begins by the number of the step"),
+    "cfg_interval_end": (_one, "1", "guidance ends by the number of the step"),
+    "use_kv_cache": (_zero, "False", "keys and values of the first step are kept for its rows"),
 }
 """Argument of a call: what is allowed, in words, and why the rest is not."""
 
@@ -55,6 +59,12 @@ PIPELINES: dict[str, str] = {
     "Ideogram4": "the guidance scale follows the number of the step",
     "HeliosPyramid": "it changes what it does by the number of the step",
     "Flux2KleinKV": "its network keeps keys and values of the first step",
+    "SemanticStableDiffusion": "it edits by the number of the step, and remembers by how much",
+    "StableDiffusionAttendAndExcite": "it moves the latents by a gradient before some steps",
+    "FluxControlInpaint": "it blends the latents with the picture between two steps",
+    "KandinskyV22Inpaint": "it blends the latents with the picture between two steps",
+    "QwenImageInpaint": "it blends the latents with the picture between two steps",
+    "QwenImageEditInpaint": "it blends the latents with the picture between two steps",
 }
 """Beginning of a class's name, and why such a pipeline cannot be speculated."""
 
@@ -87,6 +97,24 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, (allowed, words, reason) in ARGUMENTS.items():
         if name in arguments and not allowed(arguments[name]):
             raise UnsupportedPipelineError(f"{name} is {arguments[name]!r}; while speculating allowed is {words}: {reason}")
+
+
+def check_blending(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Raise where a picture is filled in by blending it into the latents between two steps: where the network is not given
+    mask and picture beside the latents.
+    """
+    name, mask = type(pipe).__name__, arguments.get("mask_image")
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if "Inpaint" not in name or mask is None or network is None:
+        return
+    config = getattr(network, "config", {})
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if taken is not None and taken <= (given or taken):
+        raise UnsupportedPipelineError(
+            f"mask_image is given, and a {name} whose network takes {taken} channels, none beside the latents', blends the "
+            "latents with the picture between two steps, which cannot be speculated; allowed is a network that takes mask "
+            "and picture too"
+        )
 
 
 GUIDERS = ("ClassifierFreeGuidance", "TangentialClassifierFreeGuidance")

@@ -23,7 +23,7 @@ def speculate(
     *,
     window: int | str | WindowPlan = 8,
     mode: str = "ragged",
-    drafter: str | Drafter | Any = "hold-x0",
+    drafter: str | Drafter | Any = "gains",
     relaxation: Relaxation | None = None,
     seed: Sequence[int] | None = None,
     variance: str | torch.Tensor | None = None,
@@ -54,7 +54,8 @@ def speculate(
             for pipelines that forbid it (perturbed attention guidance, Z-Image with guidance): they are asked for W times as
             many samples of each prompt and have a row for each state of every round, those that do not count included. The
             caller's arguments, ``latents`` and generators are of B samples as ever, and B samples are decoded.
-        drafter: ``"hold-x0"``, ``"hold-output"`` or a :class:`free.Drafter` that leans on the target's outputs only.
+        drafter: ``"gains"``, ``"hold-x0"``, ``"hold-output"`` or a :class:`free.Drafter` that leans on the target's outputs
+            only.
         relaxation: as in :func:`free.speculative_sample`; not ``"learned"``, as a pipeline drops the learned variance.
         seed: the keys of the samples' noise, one a sample of each call. Left out, they are made of the initial latents: the
             same latents give the same sample, whatever else is in the batch and whatever generator the call is given.

@@ -19,7 +19,7 @@ from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
 from free.pipelines.process import ProcessOptions, process_of
-from free.pipelines.refusals import check_arguments, check_guiders, check_pipeline_class
+from free.pipelines.refusals import check_arguments, check_blending, check_guiders, check_pipeline_class
 from free.pipelines.rows import change_tensors, plain
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
@@ -105,6 +105,7 @@ class Speculation:
             bound = signature.bind(pipe, *args, **kwargs)
             arguments = _by_name(bound)
             check_arguments(arguments)
+            check_blending(pipe, arguments)
             check_guiders(pipe.components)
             watch_call(bound, self)
             if self._repeated is not None:

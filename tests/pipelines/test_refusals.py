@@ -30,6 +30,10 @@ def test_arguments_of_the_call() -> None:
         "guidance_schedule": [1.0],
         "callback_steps": 2,
         "enable_temporal_reasoning": True,
+        "gligen_scheduled_sampling_beta": 0.3,
+        "cfg_interval_start": 0.2,
+        "cfg_interval_end": 0.9,
+        "use_kv_cache": True,
     }
     assert wrong.keys() == ARGUMENTS.keys()
     for name, value in wrong.items():
@@ -91,19 +95,43 @@ def test_an_eta_of_the_call_counts_and_may_not_contradict() -> None:
         pipe(**call)
 
 
-def test_blending_between_steps() -> None:
-    pipe = assemble(
-        "StableDiffusionInpaintPipeline",
-        unet=unet().eval(),
-        vae=image_vae(),
-        scheduler=ddpm(),
-        requires_safety_checker=False,
-    )
+def filled_in() -> tuple[Any, dict[str, Any]]:
+    """Inpainting with a network that is given neither mask nor picture."""
+    parts = {"unet": unet().eval(), "vae": image_vae().eval(), "scheduler": ddpm()}
+    pipe = assemble("StableDiffusionInpaintPipeline", **parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.eval()
     call = prompts(6, 8) | {"image": picture(), "mask_image": picture(1), "height": 64, "width": 64}
+    return pipe, call | {"num_inference_steps": 4, "output_type": "latent"}
+
+
+def test_blending_between_steps_is_refused_before_any_work() -> None:
+    pipe, call = filled_in()
+    pipe.unet.forward = None  # nobody gets there
+    with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match="takes 4 channels, none beside"):
+        pipe(**call)
+
+
+def test_blending_that_nobody_foresaw_is_refused_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("free.pipelines.speculation.check_blending", lambda *given: None)
+    pipe, call = filled_in()
     with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match=r"looks up timesteps|were changed"):
-        pipe(**call, num_inference_steps=4, output_type="latent")
+        pipe(**call)
+
+
+def test_a_network_with_a_cache() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe, call = CASES["FluxPipeline"].make()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with free.speculate(pipe), pytest.raises(ValueError, match=r"transformer: .*cache"):
+        pipe(**call)
+
+
+def test_dynamic_thresholding() -> None:
+    pipe, call = diffusion()
+    pipe.scheduler = DDPMScheduler(thresholding=True)
+    with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match="thresholding"):
+        pipe(**call)
 
 
 def test_networks_that_are_not_functions_of_their_input() -> None:
