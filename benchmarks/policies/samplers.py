@@ -54,12 +54,12 @@ BASELINE = Sampler("diffusers DDPM", TRAIN_STEPS)
 """The loop that people run today."""
 
 SAMPLERS = (
-    BASELINE,
     Sampler("DDPM", 100),
     Sampler("DDPM", 100, "gains", 16),
     Sampler("diffusers DDIM", 10),
     Sampler("2M SDE", 15),
     Sampler("2M SDE", 15, "gains", 8),
+    BASELINE,
     Sampler("DDPM", 100, "hold-x0", 16),
     Sampler("DDPM", 100, "gains", "auto"),
     Sampler("DDPM", 100, "hold-x0", "auto"),
