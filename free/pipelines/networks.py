@@ -46,7 +46,7 @@ def _parameters(module: torch.nn.Module) -> list[str]:
     """The names of what a network's forward takes; of one made by ``torch.compile(module)`` or by PEFT, what the one inside
     takes.
     """
-    inside: Any = getattr(module, "_orig_mod", module)
+    inside = getattr(module, "_orig_mod", module)
     if hasattr(inside, "get_base_model"):
         inside = inside.get_base_model()  # type: ignore[operator]
     return list(inspect.signature(inside.forward).parameters)
