@@ -262,7 +262,13 @@ class _Worker:
     def _draw(self, shard: int, window: int | WindowPlan | None) -> None:
         recipe, samples = self.recipe, self.recipe.samples_of(shard)
         with self._watch("sampling"):
-            output = recipe.draw(samples, window)
+            try:
+                output = recipe.draw(samples, window)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"batch_size is {recipe.batch_size}, for which the device's memory is too small; give a smaller one, "
+                    f"and another folder: {error}"
+                ) from error
         with self._watch("decoding"):
             values = recipe.pixels(output.samples) if recipe.format.pixels else output.samples.cpu().numpy()
         rounds, labels = int(output.stats.rounds.sum()), recipe.labels_of(samples)

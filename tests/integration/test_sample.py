@@ -396,6 +396,36 @@ def test_a_folder_that_cannot_be_made_is_exit_code_4(capsys: pytest.CaptureFixtu
     assert "output_dir '/proc/nothing' cannot be made" in capsys.readouterr().err
 
 
+def test_a_device_that_is_too_small_names_the_batch(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("free.parallel.recipe.speculative_sample", full)
+    with pytest.raises(ValueError, match="batch_size is 4, for which the device's memory is too small"):
+        sample_to_folder(digits, tmp_path, **COMMON)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("", "", "no model in"),
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', "is a FluxPipeline; allowed are a DiTPipeline and"),
+        ("model_index.json", '{"_class_name": "DiTPipeline"}', "cannot be loaded"),
+        ("config.json", '{"_class_name": "UNet2DModel"}', "is a UNet2DModel; allowed is a DiTTransformer2DModel"),
+    ],
+)
+def test_models_of_the_command(
+    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / name).write_text(content)
+    for verb in (["sample", "--output-dir", str(tmp_path / "out")], ["check"]):
+        assert main([*verb, "--model", str(tmp_path / "model"), "--device", "cpu"]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--num-samples", "2", "--output-dir", str(tmp_path / "out"), "--labels", "cat"]) == 1
     assert "labels holds 'cat'; allowed are 'uniform', 'balanced', 'none', or ints" in capsys.readouterr().err
