@@ -66,16 +66,3 @@ def test_picard_iteration_without_tolerance_is_the_step_by_step_sampler() -> Non
     near, fewer = picard_sample(request, 5, 0.1)
     assert (fewer < rounds).all()
     assert 1e-4 < (near - exact).square().mean().sqrt() < 0.3
-
-
-def test_an_engine_against_batches(tmp_path: Path) -> None:
-    from benchmarks.engine import main
-
-    arguments = {"samples": 7, "slots": 3, "lone": 7, "steps": 6, "window": 3, "results": tmp_path}
-    assert main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]) == 0
-    engine, batches = read_rows("engine", tmp_path)
-    assert (engine["by"], batches["by"]) == ("engine", "batches")
-    # what a sample takes is its own, whoever is beside it
-    assert engine["evaluations_over_lone"] == pytest.approx(1.0, abs=0.02)
-    assert engine["rounds"] <= batches["rounds"]
-    assert engine["busy_while_some_wait"] == 1.0
