@@ -100,7 +100,7 @@ def _begin(samples: list[Request], slots: list[int], setup: Setup) -> Live:
     samples = samples + samples[-1:] * (len(slots) - begin)
     seed = torch.cat([one.seed for one in samples])
     together = replace(samples[0], seed=seed, conditioning=rows_together(samples), latents=None)
-    fresh = first_window(setup, torch.cat([one.initial_state() for one in samples]), together)
+    fresh = first_window(setup, torch.cat([one.initial_state() for one in samples]), samples=together)
     row = torch.arange(len(slots), device=seed.device)
     step = torch.where(row < begin, fresh.step, setup.request.process.num_steps)
     return replace(fresh, index=torch.tensor(slots, device=seed.device), step=step)
