@@ -108,16 +108,3 @@ def test_samplers_are_shown_at_the_distance_of_most_samples() -> None:
     photos = [{**row, "model": "photo_dit"} for row in rows]
     lines = [line for line in samplers.fewer_steps({"pareto": photos}).splitlines() if "DPM" in line]
     assert lines == ["| DPM-Solver++ 2M SDE, S=15, **speculated** | 7.0 | 2.000 ± 0.100 | 200.0 ± 10.0 |"]
-
-
-def test_an_engine_against_batches(tmp_path: Path) -> None:
-    from benchmarks.engine import main
-
-    arguments = {"samples": 7, "slots": 3, "lone": 7, "steps": 6, "window": 3, "results": tmp_path}
-    assert main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]) == 0
-    engine, batches = read_rows("engine", tmp_path)
-    assert (engine["by"], batches["by"]) == ("engine", "batches")
-    # what a sample takes is its own, whoever is beside it
-    assert engine["evaluations_over_lone"] == pytest.approx(1.0, abs=0.02)
-    assert engine["rounds"] <= batches["rounds"]
-    assert engine["busy_while_some_wait"] == 1.0

@@ -8,6 +8,7 @@ import gc
 import math
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -611,3 +612,20 @@ def test_a_memory_that_a_drafter_began_otherwise_is_named() -> None:
     engine.add(seed=2)
     with pytest.raises(TypeError, match="a NoneType cannot follow a LastWindow"):
         engine.step()
+
+
+# --- the benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_against_batches(tmp_path: Path) -> None:
+    from benchmarks.engine import main
+    from benchmarks.rows import read_rows
+
+    arguments = {"samples": 7, "slots": 3, "lone": 7, "steps": 6, "window": 3, "results": tmp_path}
+    assert main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]) == 0
+    engine, batches = read_rows("engine", tmp_path)
+    assert (engine["by"], batches["by"]) == ("engine", "batches")
+    # what a sample takes is its own, whoever is beside it
+    assert engine["evaluations_over_lone"] == pytest.approx(1.0, abs=0.02)
+    assert engine["rounds"] <= batches["rounds"]
+    assert engine["busy_while_some_wait"] == 1.0
