@@ -20,6 +20,7 @@ import free.sampling.request
 import free.windows.timing
 from free import ReverseProcess, WindowPlan
 from free.sampling.request import Options, check_request
+from free.targets.ranks import Ranks
 from free.windows import WINDOWS, AutoWindow, Experience, Known, Measurements, RoundSeconds, expected_advance
 from free.windows.automatic import MOST_KEYS
 from tests.analytic import ElementwiseTarget
@@ -131,7 +132,7 @@ def test_wider_windows_are_timed_until_they_are_no_cheaper_a_state(monkeypatch: 
     def run(window: int) -> None:
         ran[window] += 1
 
-    def timed(run: Callable[[int], Any], window: int, device: torch.device) -> float:
+    def timed(run: Callable[[int], Any], window: int, device: torch.device, ranks: Ranks) -> float:
         run(window)
         return 3.0 + max(0, window - 8)
 
