@@ -84,6 +84,10 @@ class Repeated:
         given[each] //= self.width
         made = self._prepare(*bound.args, **bound.kwargs)
         latents, *others = made if isinstance(made, tuple) else (made,)
+        if not isinstance(latents, torch.Tensor):
+            raise UnsupportedPipelineError(
+                f"mode is 'batch', but the pipeline's latents are a {type(latents).__name__}; allowed is 'ragged'"
+            )
         repeated = latents.repeat_interleave(self.width, 0)
         return (repeated, *others) if isinstance(made, tuple) else repeated
 

@@ -100,7 +100,8 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(drawn[1][0], drawn[3][0], rtol=1e-5, atol=1e-5)
 
 
-def test_rounds_on_the_digits_are_those_of_the_sampler() -> None:
+@pytest.mark.parametrize("drafter", ["hold-x0", "gains"])
+def test_rounds_on_the_digits_are_those_of_the_sampler(drafter: str) -> None:
     from free.data.digits import load_digits_dit
 
     model = load_digits_dit().cpu()
@@ -111,7 +112,7 @@ def test_rounds_on_the_digits_are_those_of_the_sampler() -> None:
     labels = [label % 10 for label in range(batch)]
     sampled = free.speculative_sample(
         model,
-        "hold-x0",
+        drafter,
         class_labels=labels,
         process=process,
         window=8,
@@ -120,7 +121,7 @@ def test_rounds_on_the_digits_are_those_of_the_sampler() -> None:
     )
     pipe = assemble("DiTPipeline", transformer=model, vae=Passing().eval(), scheduler=ddpm())
     pipe.set_progress_bar_config(disable=True)
-    with free.speculate(pipe, window=8, drafter="hold-x0") as run:
+    with free.speculate(pipe, window=8, drafter=drafter) as run:
         draw(pipe, labels, steps=steps, seed=0)
     extra = run.stats.rounds.mean() - sampled.stats.rounds.mean()
     assert abs(extra) <= 0.05 * sampled.stats.rounds.mean() + 1
