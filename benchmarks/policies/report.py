@@ -69,6 +69,7 @@ def draw(rows: Rows, path: Path = RESULTS / FIGURE) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
     device = rows[-1]["device"]
     own = [row for row in rows if row["device"] == device]
@@ -85,7 +86,9 @@ def draw(rows: Rows, path: Path = RESULTS / FIGURE) -> None:
             above = [100 * (row["success_high"] - row["success"]) for _, row in points]
             style = {"color": color, "marker": marker, "mfc": fill, "ls": "", "capsize": 2, "lw": 1, "label": label}
             axes.errorbar(milliseconds, success, (below, above), **style)
-        axes.set(title=task, xscale="log")
+        axes.set(title=task, ylim=(0, 104))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, loc="outside right upper")
