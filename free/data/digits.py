@@ -1,7 +1,7 @@
 """The digits: real data that ships with scikit-learn, a DiT of it that is small enough to live in the package, its drafter.
 
 The weights in ``free/data/weights`` were made by :func:`free.demo.retrain.train_digits_dit` with its defaults:
-``free-dit demo --retrain --weights free/data/weights/digits_dit``; those of its drafter by :data:`DRAFTER_COMMAND`.
+``free-dit demo --retrain --weights free/data/weights/digits_dit``; those of its drafter by :data:`DRAFTER_COMMANDS`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from free.drafters.feature import FeatureDrafter
 
 NUM_CLASSES = 10
-DRAFTER_COMMAND = (
-    "free-dit train-drafter --dataset digits --subset 1 --label_dropout 0 --num_inference_steps 250 50 --window 12 "
-    "--train_batch_size 24 --reuse 8 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 --ema_decay 0.998 "
-    "--max_train_steps 6000 --checkpointing_steps 1000 --checkpoints_total_limit 1 --validation_steps 6000 "
-    "--save_dtype float16 --report_to none --output_dir digits_drafter"
+DRAFTER_COMMANDS = (
+    "common='--dataset digits --subset 1 --label_dropout 0 --num_inference_steps 250 50 --window 12 --train_batch_size 24 "
+    "--reuse 8 --lr_scheduler cosine --lr_warmup_steps 100 --ema_decay 0.998 --checkpointing_steps 1000 "
+    "--checkpoints_total_limit 1 --validation_steps 100000 --save_dtype float16 --report_to none'",
+    "free-dit train-drafter $common --base hold-x0 --learning_rate 1e-3 --max_train_steps 6000 --output_dir on_hold_x0",
+    "free-dit train-drafter $common --begin_with on_hold_x0 --loss rejection --learning_rate 5e-4 --max_train_steps 1600 "
+    "--output_dir digits_drafter",
 )
-"""How the weights in ``free/data/weights/digits_drafter`` were made."""
+"""How the weights in ``free/data/weights/digits_drafter`` were made: on hold-x0's drafts first, then on the gains'."""
 
 
 def weights_path() -> Path:
