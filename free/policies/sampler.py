@@ -14,14 +14,16 @@ from free.checks import check_count, check_number
 from free.drafters import Drafter, as_drafter
 from free.processes import ReverseProcess
 from free.sampling.capture import Graphs, wants_capture
+from free.sampling.company import check_alike
 from free.sampling.likeness import weights
 from free.sampling.loop import Run
 from free.sampling.planning import plan_window
-from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
+from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request, check_samples
 from free.sampling.samplers import ancestral_sample
 from free.sampling.statistics import SamplingStatistics
 from free.sampling.window import Setup
 from free.targets import KnownEntries, Target, as_target
+from free.targets.base import has_rows
 from free.targets.known import KNOWN
 from free.windows import Schedule, WindowPlan, check_window, schedule_of
 
@@ -149,7 +151,7 @@ class Sampler:
         with self._turn:
             made = self._made or self._make(conditioning or {})
             labels, rest = _split(conditioning)
-            request = made.setup.request.again(labels, rest, seed, generator, latents)
+            request = self._request(made.setup.request, labels, rest, seed, generator, latents)
             if made.graphs and made.weights != weights(request.target.module):
                 raise ValueError(
                     "network has moved since this sampler was made, which recorded where its weights were; make another"
@@ -201,6 +203,30 @@ class Sampler:
         self._draw(made, request.pilot(), None)
         self._made = made
         return made
+
+    def _request(self, example: Request, class_labels: Any, conditioning: dict[str, Any] | None, *noise: Any) -> Request:
+        """The samples of a call, of the kind of ``example``; ``noise`` is seed, generator and latents."""
+        example.target.check_ready()
+        seed, generator, latents = noise
+        asked = replace(
+            self._options,
+            class_labels=class_labels,
+            conditioning=conditioning,
+            num_samples=example.batch,
+            shape=example.sample_shape,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+        )
+        request = check_samples(example.target, example.process, example.guidance_scale, asked)
+        check_alike(request, example, "the samples that it was made for")
+        for name, value in request.conditioning.items():
+            if has_rows(value) and value.is_floating_point() and not torch.isfinite(value).all():
+                where = (~torch.isfinite(value)).nonzero()[0].tolist()
+                raise ValueError(
+                    f"conditioning {name!r} holds NaN or infinity, at {where} for one; allowed are finite numbers"
+                )
+        return request
 
     def _guess(self, request: Request) -> torch.Tensor | None:
         """float32 [B, D]: the last sample, moved on, unless it may have seen noise of the keys that are asked for."""

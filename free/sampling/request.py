@@ -14,7 +14,6 @@ import torch
 from free.checks import check_count, check_number, is_int, on_cpu
 from free.drafters import Drafter
 from free.processes import ReverseProcess
-from free.sampling.likeness import alike
 from free.sampling.sharing import COMPILER, exclusively, shared_by
 from free.targets import Target, as_target
 from free.targets.base import has_rows
@@ -71,44 +70,6 @@ class Request:
             for row, key in enumerate(self.keys)
         ]
         return replace(self, seed=torch.tensor(_signed(keys), dtype=torch.int64, device=self.seed.device))
-
-    def again(
-        self,
-        class_labels: Any = None,
-        conditioning: dict[str, Any] | None = None,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-    ) -> Request:
-        """The same of as many other samples: conditioning of the same names, shapes and dtypes, and finite.
-
-        Raises:
-            ValueError: what is unlike this request, named, with what was given and what is allowed.
-        """
-        self.target.check_ready()
-        device, batch = self.seed.device, self.batch
-        checked, count = self.target.check_conditioning(class_labels, conditioning, self.guidance_scale, batch)
-        if checked.keys() != self.conditioning.keys():
-            names = ", ".join(self.conditioning) or "none"
-            raise ValueError(
-                f"conditioning has {', '.join(checked) or 'none'}; allowed are the names that it began with: {names}"
-            )
-        for name, value in checked.items():
-            _check_alike(name, value, self.conditioning[name])
-        if latents is not None:
-            _check_latents(latents)
-            check_shape(self.target, self.sample_shape, latents)
-        counts = {"conditioning": count, "seed": _seed_count(seed), "latents": None if latents is None else len(latents)}
-        counts["generator"] = len(generator) if isinstance(generator, (list, tuple)) else None
-        for name, given in counts.items():
-            if given not in (None, batch):
-                raise ValueError(f"{name} speaks of {given} samples; allowed are {batch}, as at the beginning")
-        return replace(
-            self,
-            conditioning=_on(device, checked),
-            seed=torch.tensor(check_seeds(seed, generator, batch), dtype=torch.int64, device=device),
-            latents=None if latents is None else latents.to(device, torch.float32).flatten(1),
-        )
 
     @contextmanager
     def running(
@@ -242,24 +203,6 @@ def check_samples(target: Target, process: ReverseProcess, guidance_scale: float
 
 def _on(device: torch.device, conditioning: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in conditioning.items()}
-
-
-def _check_alike(name: str, value: Any, before: Any) -> None:
-    """What differs from call to call has the shape and dtype that it had, and holds numbers; the rest is what it was."""
-    if not has_rows(before):
-        if alike(value) != alike(before):
-            raise ValueError(f"conditioning {name!r} is {value!r}; allowed is {before!r}, as before: it has no row a sample")
-        return
-    if not has_rows(value):
-        raise ValueError(f"conditioning {name!r} is a {type(value).__name__}; allowed is a tensor, as before")
-    if value.shape != before.shape or value.dtype != before.dtype:
-        raise ValueError(
-            f"conditioning {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}; allowed are "
-            f"{tuple(before.shape)} and {before.dtype}, as before"
-        )
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        where = (~torch.isfinite(value)).nonzero()[0].tolist()
-        raise ValueError(f"conditioning {name!r} holds NaN or infinity, at {where} for one; allowed are finite numbers")
 
 
 def _check_latents(latents: Any) -> None:

@@ -195,14 +195,20 @@ def test_bad_masks_and_known_values(network: Network) -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"observation": OBSERVATION[:, :3]}, r"'observation' has shape \(1, 3\) and dtype torch.float32; allowed are"),
-        ({"observation": OBSERVATION.double()}, "dtype torch.float64; allowed are"),
-        ({"observation": OBSERVATION.repeat(2, 1)}, r"shape \(2, 4\)"),
+        (
+            {"observation": OBSERVATION[:, :3]},
+            r"'observation' has shape \(1, 3\) and dtype torch.float32; that of the samples",
+        ),
+        ({"observation": OBSERVATION.double()}, "dtype torch.float64; that of the samples"),
+        ({"observation": OBSERVATION.repeat(2, 1)}, "num_samples speaks of 1, conditioning speaks of 2"),
         ({"observation": OBSERVATION * float("nan")}, "'observation' holds NaN or infinity"),
         ({"observation": np.array([[1.0, 2.0, np.inf, 0.0]])}, "'observation' holds NaN or infinity"),
-        ({"observation": 3.0}, "'observation' is a float; allowed is a tensor"),
-        ({"image": OBSERVATION}, "conditioning has image; allowed are the names that it began with: observation"),
-        ({}, "conditioning has none"),
+        ({"observation": 3.0}, "'observation' is 3.0, which has no row a sample"),
+        (
+            {"image": OBSERVATION},
+            r"conditioning has \['image'\]; that of the samples that it was made for has \['observation'\]",
+        ),
+        ({}, r"conditioning has \[\]"),
         (OBSERVATION, "conditioning is a Tensor; allowed is a dict"),
     ],
 )
@@ -218,10 +224,10 @@ def test_observations_unlike_those_at_making(network: Network, given: Any, match
 def test_other_bad_calls(network: Network) -> None:
     policy = make(network, conditioning={"observation": OBSERVATION})
     for options, match in (
-        ({"seed": [1, 2]}, "seed speaks of 2 samples; allowed are 1"),
+        ({"seed": [1, 2]}, "num_samples speaks of 1, seed speaks of 2"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"latents": torch.zeros(1, 5, 3)}, "latents has shape"),
-        ({"latents": torch.zeros(2, *SHAPE)}, "latents speaks of 2 samples; allowed are 1"),
+        ({"latents": torch.zeros(2, *SHAPE)}, "num_samples speaks of 1, latents speaks of 2"),
         ({"seed": 1, "generator": torch.Generator()}, "both given"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -19,13 +19,13 @@ import torch
 
 from free.checks import check_count, is_int
 from free.drafters import Drafter, as_drafter
-from free.parallel.engine.alike import check_alike, own
 from free.parallel.engine.batch import Batch, Row, refill, rows_together
 from free.parallel.engine.handle import EngineStatistics, Handle
 from free.parallel.engine.keys import Keys
 from free.parallel.engine.rounds import Rounds
 from free.processes import ReverseProcess
 from free.sampling.capture import Graphs, wants_capture
+from free.sampling.company import check_alike, own
 from free.sampling.loop import NonFiniteOutputError
 from free.sampling.planning import load_window
 from free.sampling.relaxation import Relaxation
@@ -147,7 +147,7 @@ class Engine:
         request = own(request)
         with self._adding:
             if self._alike is not None and self.unfinished:
-                check_alike(request, self._alike)
+                check_alike(request, self._alike, "the requests in the engine")
             else:
                 self._alike = request
             handle = Handle(self._added, key, self.stats.rounds, self._cancel)

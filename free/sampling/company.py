@@ -1,4 +1,4 @@
-"""What requests that share a batch must have in common."""
+"""What requests must have in common that share a batch, or what was made for one of them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ def own(request: Request) -> Request:
     return replace(request, conditioning=conditioning, latents=latents)
 
 
-def check_alike(request: Request, others: Request) -> None:
-    """Raise a ValueError unless a request can share a batch with ``others``."""
+def check_alike(request: Request, others: Request, whose: str) -> None:
+    """Raise a ValueError unless a request is of the kind of ``others``, which the message calls ``whose``."""
     if request.sample_shape != others.sample_shape:
-        raise ValueError(f"latents are of samples {request.sample_shape}; those in the engine are {others.sample_shape}")
+        raise ValueError(f"latents are of samples {request.sample_shape}; those of {whose} are {others.sample_shape}")
     if request.seed.device != others.seed.device:
-        raise ValueError(f"latents or conditioning are on {request.seed.device}; the engine's are on {others.seed.device}")
+        raise ValueError(
+            f"latents or conditioning are on {request.seed.device}; those of {whose} are on {others.seed.device}"
+        )
     given, expected = request.conditioning, others.conditioning
     if set(given) != set(expected):
-        raise ValueError(f"conditioning has {sorted(given)}; that of the requests in the engine has {sorted(expected)}")
+        raise ValueError(f"conditioning has {sorted(given)}; that of {whose} has {sorted(expected)}")
     for name, value in given.items():
         other = expected[name]
         if has_rows(value) and has_rows(other):
             if (value.shape, value.dtype) != (other.shape, other.dtype):
                 raise ValueError(
-                    f"conditioning {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}; that of the requests in "
-                    f"the engine has {tuple(other.shape)} and {other.dtype}"
+                    f"conditioning {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}; that of {whose} has "
+                    f"{tuple(other.shape)} and {other.dtype}"
                 )
         elif value is not other and alike(value) != alike(other):
             raise ValueError(
-                f"conditioning {name!r} is {value!r:.60}, which has no row a sample and so is the same for all; that of the "
-                f"requests in the engine is {other!r:.60}"
+                f"conditioning {name!r} is {value!r:.60}, which has no row a sample and so is the same for all; that of "
+                f"{whose} is {other!r:.60}"
             )
