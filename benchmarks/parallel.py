@@ -74,7 +74,6 @@ def measure(rank: int, options: argparse.Namespace, store: str) -> None:
         for share in sorted({1, window, *(-(-window // count) for count in GPUS)}):
             arms[f"forward of {share}"] = _Forward(request, share)
         arms["exchange"] = _Exchange(split, window)
-        end = time.perf_counter() + 60 * options.minutes
         enough = warm = False
         while not enough:
             for arm in arms.values():
@@ -84,7 +83,8 @@ def measure(rank: int, options: argparse.Namespace, store: str) -> None:
                     seconds = arm.run()
                     if warm and others.share() < _CALM:
                         arm.seconds.append(seconds)
-            warm = True
+            if not warm:
+                warm, end = True, time.perf_counter() + 60 * options.minutes
             calm = min(len(arm.seconds) for arm in arms.values())
             enough = split.ranks.any(rank == 0 and (calm >= options.repeats or time.perf_counter() > end))
         if rank == 0 and calm:
