@@ -104,7 +104,8 @@ def check_blending(pipe: Any, arguments: dict[str, Any]) -> None:
     mask and picture beside the latents.
     """
     name, mask = type(pipe).__name__, arguments.get("mask_image")
-    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    networks = (getattr(pipe, part, None) for part in ("transformer", "unet"))
+    network = next((one for one in networks if one is not None), None)
     if "Inpaint" not in name or mask is None or network is None:
         return
     config = getattr(network, "config", {})

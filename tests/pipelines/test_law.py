@@ -106,7 +106,7 @@ def test_rounds_on_the_digits_are_those_of_the_sampler(drafter: str) -> None:
 
     model = load_digits_dit().cpu()
     model.register_to_config(out_channels=model.config.in_channels)  # the pipeline asks for it
-    batch, steps = 4, 50
+    batch, steps = 16, 50
     latents = torch.randn(batch, *free.as_target(model).sample_shape, generator=torch.Generator().manual_seed(0))
     process = free.ReverseProcess.from_scheduler(ddpm(), steps)
     labels = [label % 10 for label in range(batch)]
