@@ -54,9 +54,7 @@ def _philox_pairs(
     seed: torch.Tensor, step: torch.Tensor, num_counters: int, stream: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As on a device: on a CPU numpy makes the same words, which a recording does not see."""
-    seed, step = (values.unsqueeze(-1) for values in torch.broadcast_tensors(seed, step))
-    words = philox._rounds(seed, step, torch.arange(num_counters), torch.arange(philox.ROUNDS), stream)
-    return torch.stack((words[0], words[2])), torch.stack((words[1], words[3]))
+    return philox._pairs_on_device(*torch.broadcast_tensors(seed, step), num_counters, stream)
 
 
 class Rehearsal:
