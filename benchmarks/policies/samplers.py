@@ -84,6 +84,7 @@ def _with_free(sampler: Sampler, network: torch.nn.Module) -> Callable[[torch.Te
     else:
         process = free.ReverseProcess.ddpm(sampler.steps, TRAIN_STEPS, beta_schedule=BETA_SCHEDULE, clip_sample=True)
     target = free.as_target(network)
+    made: list[free.Sampler] = []
 
     def draw(observation: torch.Tensor, seeds: Sequence[int]) -> Drawn:
         common: dict[str, Any] = {
@@ -94,6 +95,22 @@ def _with_free(sampler: Sampler, network: torch.nn.Module) -> Callable[[torch.Te
         }
         if sampler.drafter is None:
             out = free.ancestral_sample(target, **common)
+        elif len(seeds) == 1:
+            # a lone chunk is drawn by what a robot would call: made once
+            if not made:
+                made.append(
+                    free.Sampler(
+                        target,
+                        shape=common["shape"],
+                        process=process,
+                        conditioning=common["conditioning"],
+                        drafter=sampler.drafter,
+                        window=sampler.window,
+                    )
+                )
+            chunk, stats = made[0](common["conditioning"], seed=common["seed"]), made[0].stats
+            assert stats is not None
+            return Drawn(chunk, float(stats.rounds[0]), float(stats.target_evaluations))
         else:
             out = free.speculative_sample(target, sampler.drafter, window=sampler.window, **common)
         return Drawn(out.samples, float(out.stats.rounds.mean()), out.stats.target_evaluations / len(seeds))
