@@ -81,7 +81,7 @@ def test_latents_and_generators(network: Network) -> None:
     latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     common: dict[str, Any] = {"shape": SHAPE, "process": PROCESS, "conditioning": {"observation": OBSERVATION}}
     for given in ({"latents": latents, "seed": 3}, {"generator": torch.Generator().manual_seed(4)}):
-        expected = free.speculative_sample(network, window=4, **common, **given).samples
+        expected = free.speculative_sample(network, "hold-x0", window=4, **common, **given).samples
         if "generator" in given:
             given["generator"].manual_seed(4)
         assert torch.equal(policy({"observation": OBSERVATION}, **given), expected)
