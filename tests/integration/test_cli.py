@@ -166,7 +166,9 @@ def test_compare_is_interrupted_and_resumed(tmp_path: Path) -> None:
     windows, count = list("2345678"), 14
     command = [sys.executable, "-m", "free.cli", "compare", "--windows", *windows, "--steps", "100", "--samples", "2",
                "--output", str(figure), "--results", str(results)]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # what a shell runs in the background inherits that interrupts are ignored
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as process:
         while process.poll() is None and not (results.exists() and results.read_text()):  # it is made, then written
             time.sleep(0.02)
         while process.poll() is None:  # Python drops an interrupt that falls into a destructor
