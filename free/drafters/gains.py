@@ -11,7 +11,7 @@ import torch
 from free.drafters.base import Drafter, LastWindow, Situation
 from free.drafters.hold import hold
 from free.drafters.patches import patches_of
-from free_kernels import Proposal, Scales, gain_correction, learn_gains
+from free_kernels import Patches, Proposal, Scales, StepTable, gain_correction, learn_gains
 
 _RIDGE = 0.01
 
@@ -66,25 +66,10 @@ class Gains(Drafter):
         return self._answers(situation, state[:, None].expand(-1, 2, -1), step)[:, 0]
 
     def _answers(self, situation: Situation, path: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        memory, last, process = situation.memory, situation.last, situation.process
         with _own_precision(path):
-            return gain_correction(
-                path,
-                step,
-                memory.states,
-                memory.x0,
-                memory.sums,
-                last.step,
-                last.length,
-                process.table,
-                Scales(process.signal, process.noise_ratio),
-                patches_of(situation.sample_shape, path.device),
-                ridge=_RIDGE,
-                impl=situation.impl,
-            )
+            return gain_correction(path, step, *_known(situation), ridge=_RIDGE, impl=situation.impl)
 
     def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
-        memory, last, process = situation.memory, situation.last, situation.process
         with _own_precision(window.states):
             return GainMemory(
                 *learn_gains(
@@ -92,20 +77,22 @@ class Gains(Drafter):
                     window.output,
                     window.step,
                     window.length,
-                    memory.states,
-                    memory.x0,
-                    memory.sums,
-                    last.step,
-                    last.length,
-                    process.table,
-                    Scales(process.signal, process.noise_ratio),
-                    patches_of(situation.sample_shape, window.states.device),
+                    *_known(situation),
                     forgetting=self.forgetting,
                     unconditional_outputs=window.unconditional,
                     guidance_scale=situation.guidance_scale,
                     impl=situation.impl,
                 )
             )
+
+
+def _known(
+    situation: Situation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, StepTable, Scales, Patches]:
+    """What the last window taught, and what it is read by, as both operations take it."""
+    memory, last, process = situation.memory, situation.last, situation.process
+    scales, patches = Scales(process.signal, process.noise_ratio), patches_of(situation.sample_shape, situation.state.device)
+    return memory.states, memory.x0, memory.sums, last.step, last.length, process.table, scales, patches
 
 
 def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:

@@ -26,12 +26,10 @@ from free.targets import KnownEntries, Target, as_target
 from free.targets.base import has_rows
 from free.targets.known import KNOWN
 from free.windows import Schedule, WindowPlan, check_window, schedule_of
+from free.windows.automatic import MOST_KEYS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-MOST_KEYS = 2**17
-"""Samples whose noise a warm start may have seen, before it begins anew."""
 
 
 @dataclass
