@@ -159,7 +159,7 @@ def _add_compare(commands: Any) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from free.evaluation.compare import compare
 
-    compare(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    compare(**_keywords(arguments))
 
 
 def _add_train_drafter(commands: Any) -> None:
@@ -183,7 +183,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_drafter(arguments: argparse.Namespace) -> None:
     from free.training import DrafterTrainingConfig, train_drafter
 
-    config = DrafterTrainingConfig(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    config = DrafterTrainingConfig(**_keywords(arguments))
     train_drafter(config)
     print(f"drafter: {config.output_dir}")
 
@@ -231,12 +231,10 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     from free.drafters.loading import drafter_of
     from free.parallel.sharding import Place, sample_to_folder
-    from free.targets.loading import load_pipeline
 
-    device = _device(arguments.device)
+    target, vae, device = _loaded(arguments)
     if device == "cpu":
         torch.set_num_threads(arguments.threads)
-    target, vae = load_pipeline(_model(arguments.model), getattr(torch, arguments.dtype), device)
     labels: Any = {"uniform": "uniform", "balanced": "balanced", "none": None}.get(arguments.labels[0], arguments.labels)
     drawn = sample_to_folder(
         target,
@@ -281,7 +279,7 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from free.evaluation.fidelity import evaluate
 
-    print(evaluate(progress=True, **{name: value for name, value in vars(arguments).items() if name != "run"}))
+    print(evaluate(progress=True, **_keywords(arguments)))
 
 
 def _add_check(commands: Any) -> None:
@@ -303,14 +301,10 @@ def _add_check(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    import torch
-
     from free.drafters.loading import drafter_of
     from free.evaluation.exactness import check_exactness
-    from free.targets.loading import load_pipeline
 
-    device = _device(arguments.device)
-    target, _ = load_pipeline(_model(arguments.model), getattr(torch, arguments.dtype), device)
+    target, _, device = _loaded(arguments)
     found = check_exactness(
         target,
         drafter_of(arguments.drafter, device),
@@ -341,10 +335,21 @@ def _add_model(parser: argparse.ArgumentParser, *, guidance_scale: float, steps:
     parser.add_argument("--device", default=None, help="the GPU of the process's local rank if there is one, else the CPU")
 
 
-def _model(word: str | None) -> str:
-    from free.data.digits import weights_path
+def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The target, its pipeline's VAE if there is one, and their device, of what :func:`_add_model` asked."""
+    import torch
 
-    return str(weights_path()) if word is None else word
+    from free.data.digits import weights_path
+    from free.targets.loading import load_pipeline
+
+    device = _device(arguments.device)
+    model = str(weights_path()) if arguments.model is None else arguments.model
+    return *load_pipeline(model, getattr(torch, arguments.dtype), device), device
+
+
+def _keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command, which are the arguments of the function that it calls."""
+    return {name: value for name, value in vars(arguments).items() if name != "run"}
 
 
 def _device(word: str | None) -> str:
