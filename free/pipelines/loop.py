@@ -204,11 +204,8 @@ class Loop:
         plan.drafter.check(target)
         seed = torch.tensor(keys, dtype=torch.int64, device=sample.device)
         request = Request(target, process, {}, 1.0, shape, seed, state)
-        if plan.schedule is not None and not plan.schedule.keys.isdisjoint(request.keys):
-            raise ValueError(
-                "window is a plan that was made from statistics of the same latents: it has seen their noise, and would "
-                "bias the samples; allowed are other latents, or a plan that was made without statistics"
-            )
+        if plan.schedule is not None:
+            plan.schedule.check_keys(request.keys, "the same latents", "latents")
         if plan.relaxation is not None:
             plan.relaxation.check(target, process)
         schedule = plan.schedule

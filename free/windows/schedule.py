@@ -63,12 +63,17 @@ class Schedule(ABC):
             rows: samples in the batch, finished ones included.
         """
 
-    def check_keys(self, keys: Collection[int]) -> None:
-        """Raise a ValueError if the windows were chosen by samples of any of these keys, which they would bias."""
+    def check_keys(self, keys: Collection[int], whose: str = "samples of the same seed", others: str = "seeds") -> None:
+        """Raise a ValueError if the windows were chosen by samples of any of these keys, which they would bias.
+
+        Args:
+            keys: of those that the windows are for.
+            whose, others: words for the message: who has the keys, and what has others.
+        """
         if not self.keys.isdisjoint(keys):
             raise ValueError(
-                "window is a plan that was made from statistics of samples of the same seed: it has seen their noise, and "
-                "would bias them; allowed are other seeds, or a plan that was made without statistics"
+                f"window is a plan that was made from statistics of {whose}: it has seen their noise, and would bias them; "
+                f"allowed are other {others}, or a plan that was made without statistics"
             )
 
     def learn(self, window: int, before: Known, after: Known) -> None:  # noqa: B027 - some know all from the start

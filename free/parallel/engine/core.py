@@ -139,11 +139,8 @@ class Engine:
         options = replace(self._common, num_samples=1, seed=key, **given)
         request = check_samples(self.target, self.process, self._guidance_scale, options)
         wants_capture(self._capture, request, self.drafter, self._relaxation)
-        if self._schedule and key in self._schedule.keys:
-            raise ValueError(
-                "window is a plan that was made from statistics of a sample of the same seed: it has seen its noise, and "
-                "would bias it; allowed are other seeds, or a plan that was made without statistics"
-            )
+        if self._schedule:
+            self._schedule.check_keys([key], "a sample of the same seed")
         request = own(request)
         with self._adding:
             if self._alike is not None and self.unfinished:
