@@ -119,7 +119,7 @@ memcheck)
         export PYTORCH_NO_CUDA_MEMORY_CACHING=1
         run memcheck 500 "$sanitizer" --tool memcheck --error-exitcode 9 --log-file "$out/memcheck.txt" \
             python -m pytest -q -p no:cacheprovider -m gpu -k "not graph and not large_offsets" \
-            tests/kernels/test_gpu.py tests/kernels/test_verify.py tests/kernels/test_elementwise.py tests/kernels/test_philox.py
+            tests/kernels/test_{gpu,gains,round,verify,elementwise,philox}.py
         tail -n 5 "$out/memcheck.txt" | tee -a "$log"
     else
         say "there is no compute-sanitizer on this machine"

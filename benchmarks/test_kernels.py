@@ -6,101 +6,18 @@ copy. Without one the smallest shape runs on the CPU, and what was left out is p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-import free_kernels
+from benchmarks.operations import GUIDANCE, OPERATIONS, Round
 from benchmarks.rows import write_row
 from benchmarks.timing import captured, copy_bandwidth, median_microseconds
-from free import ReverseProcess
-from free_kernels import StepTable
 
 SHAPES = ((1, 8, 4096), (8, 8, 16384), (16, 16, 65536), (1, 32, 4096))
 ON_CPU = SHAPES[:1]
-OPERATIONS = (
-    "normal",
-    "posterior",
-    "householder",
-    "acceptance",
-    "acceptance_from_means",
-    "propose",
-    "verify",
-    "verify_stored_noise",
-)
-GUIDANCE = 1.5
-STEPS = 250
-
-Call = Callable[[str], Any]
-
-
-def make(operation: str, shape: tuple[int, int, int], device: torch.device) -> tuple[Call, int]:
-    """The operation as a function of ``impl``, and how many bytes it has to move: inputs once, results once.
-
-    bfloat16 network outputs with guidance, as a guided DiT returns them: two halves of one batch.
-    """
-    batch, window, numel = shape
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    process = ReverseProcess.ddpm(STEPS).table
-    table = StepTable(*(column.to(device) for column in process.columns), process.clip_range)
-    seed = torch.arange(batch, device=device)
-    step = 40 + 3 * torch.arange(batch, device=device)
-    length = torch.full_like(step, window)
-    states = random(batch, window, numel)
-    both = random(2, batch, window, numel).bfloat16()
-    guided: dict[str, Any] = {"unconditional_output": both[1], "guidance_scale": GUIDANCE}
-    combined = free_kernels.guided(both[0], both[1], GUIDANCE, torch.float32)
-    # drafts at a distance at which windows are accepted about half way: |delta| of 0.3
-    steps = (step[:, None] + torch.arange(window, device=device)).clamp(max=STEPS - 1)
-    apart = random(batch, window, numel)
-    draft = combined + 0.3 * (table.std / table.model_coef)[steps][..., None] * apart / apart.norm(dim=-1, keepdim=True)
-    draft = draft[:, :-1]
-
-    rows, row = batch * numel, batch * window * numel
-    if operation == "normal":
-        steps = step[:, None] + torch.arange(window, device=device)
-        return lambda impl: free_kernels.normal(seed[:, None], steps, numel, impl=impl), 4 * row
-    if operation == "posterior":
-        first = {"unconditional_output": both[1, :, 0], "guidance_scale": GUIDANCE}
-        return (
-            lambda impl: free_kernels.posterior(states[:, 0], both[0, :, 0], seed, step, table, **first, impl=impl),
-            (4 + 2 + 2 + 4) * rows,
-        )
-    if operation == "householder":
-        noise, delta = states.flatten(0, 1), apart.flatten(0, 1)
-        inner, squared_norm = (noise * delta).sum(-1), delta.square().sum(-1)
-        return lambda impl: free_kernels.householder(noise, delta, inner, squared_norm, impl=impl), 12 * row
-    if operation == "acceptance":
-        return (
-            lambda impl: free_kernels.acceptance(states, both[0], combined, seed, step, table, **guided, impl=impl),
-            (2 + 2 + 4) * row,
-        )
-    if operation == "acceptance_from_means":
-        proposal, target, drafted = (values.flatten(0, 1) for values in (states, combined, apart))
-        std = torch.ones(batch * window, device=device)
-        return lambda impl: free_kernels.acceptance_from_means(proposal, target, drafted, std, impl=impl), 12 * row
-    if operation == "propose":
-        anchored = {"unconditional_anchor_outputs": both[1], "guidance_scale": GUIDANCE}
-        return (
-            lambda impl: free_kernels.propose(
-                states[:, 0], seed, step, window, states, both[0], step, length, table, **anchored, impl=impl
-            ),
-            4 * rows + (window - 1) * (4 + 2 + 2) * rows + (2 * window - 1) * 4 * rows,
-        )
-    moved = (window - 1) * (2 + 2 + 4) * rows + (4 + 2 + 2 + 4) * rows
-    if operation == "verify_stored_noise":
-        # the other way out where philox's arithmetic, not memory, is the limit: read what propose has drawn
-        steps = step[:, None] + torch.arange(window, device=device)
-        guided["noise"] = free_kernels.normal(seed[:, None], steps, numel)
-        moved += 4 * window * rows
-    return lambda impl: free_kernels.verify(states, both[0], draft, seed, step, length, table, **guided, impl=impl), moved
 
 
 @cache
@@ -118,7 +35,7 @@ def test_kernel(benchmark: Any, operation: str, shape: tuple[int, int, int], imp
         pytest.skip("no GPU: the Triton kernels (the interpreter's time says nothing)")
     if device.type == "cpu" and shape not in ON_CPU:
         pytest.skip(f"no GPU: shape (B, W, D) = {shape}")
-    call, size = make(operation, shape, device)
+    call, size = OPERATIONS[operation](Round(shape, device))
 
     def eager() -> Any:
         return call("triton" if implementation == "triton" else "reference")

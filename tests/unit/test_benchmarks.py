@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 import free
+import free_kernels
 
 pytest.importorskip("matplotlib")
 
 from benchmarks import samplers
 from benchmarks.draw import draw
+from benchmarks.operations import OPERATIONS, Round
 from benchmarks.rows import read_rows, write_row
-from benchmarks.test_kernels import OPERATIONS, SHAPES
+from benchmarks.test_kernels import SHAPES
 from free.sampling.request import Options, check_request
 from tests.analytic import GaussianTarget
 
@@ -36,6 +39,20 @@ def test_a_row_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
 def test_no_rows_yet(tmp_path: Path) -> None:
     assert read_rows("kind", tmp_path) == []
+
+
+def test_every_operation_is_measured() -> None:
+    """Those that take an implementation; of the random numbers, the ones that a round draws."""
+    public = (getattr(free_kernels, name) for name in free_kernels.__all__)
+    operations = {call.__name__ for call in public if isfunction(call) and "impl" in signature(call).parameters}
+    assert operations - {"philox", "uniform"} == set(OPERATIONS) - {"verify_stored_noise"}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_is_measured_on_a_round_of_its_own(operation: str) -> None:
+    call, size = OPERATIONS[operation](Round((2, 4, 1024), torch.device("cpu")))
+    call("reference")
+    assert size > 0
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
