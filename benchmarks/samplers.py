@@ -27,6 +27,8 @@ _IN_SHORT = ("2m-ode:7", "2m-sde:15", "2m-ode:15", "ddpm:20")
 _NAMES = {
     "ddpm": "DDPM",
     "ddim": "DDIM, deterministic",
+    "edm": "EDM with churn 40, Euler steps",
+    "flow": "posterior of flow matching's levels",
     "2m-sde": "DPM-Solver++ 2M SDE",
     "2m-sde-karras": "DPM-Solver++ 2M SDE, Karras",
     "2m-ode": "DPM-Solver++ 2M, deterministic",

@@ -121,19 +121,37 @@ def _flow(order: int) -> Callable[[int, float], ReverseProcess]:
     """
 
     def make(steps: int, eta: float) -> ReverseProcess:
-        from diffusers import DDPMScheduler
-
-        signal = DDPMScheduler().alphas_cumprod.double()
-        trained = (1 / signal - 1).sqrt()  # [1000], rising: noise over signal
+        trained = _trained_ratios()
         noisiest = trained[-1] / (1 + trained[-1])
         even = torch.linspace(float(noisiest / (_SHIFT - (_SHIFT - 1) * noisiest)), 0, steps + 1, dtype=torch.float64)
         sigma = _SHIFT * even / (1 + (_SHIFT - 1) * even)
         ratio = sigma / (1 - sigma)
         alpha = (ratio.square() + 1).rsqrt()
-        timestep = np.interp(ratio[:-1].log().numpy(), trained.log().numpy(), np.arange(len(trained)))
-        return ReverseProcess.from_levels(alpha, ratio * alpha, torch.from_numpy(timestep).float(), eta=eta, order=order)
+        return ReverseProcess.from_levels(alpha, ratio * alpha, _time_of(ratio[:-1]), eta=eta, order=order)
 
     return make
+
+
+def _edm(steps: int, eta: float) -> ReverseProcess:
+    """EDM's stochastic sampler by Euler steps (Karras et al. 2022): its levels and constants, s_churn 40 at eta = 1."""
+    lowest, highest, rho = float(_trained_ratios()[0]), 80.0, 7
+    sigma = torch.linspace(highest ** (1 / rho), lowest ** (1 / rho), steps, dtype=torch.float64) ** rho
+    sigma = torch.cat((sigma, torch.zeros_like(sigma[:1])))
+    return ReverseProcess.edm(sigma, s_churn=40 * eta, time=_time_of)
+
+
+def _trained_ratios() -> torch.Tensor:
+    """Noise over signal at each time of the network's training, rising, float64 [1000]."""
+    from diffusers import DDPMScheduler
+
+    return (1 / DDPMScheduler().alphas_cumprod.double() - 1).sqrt()
+
+
+def _time_of(ratio: torch.Tensor) -> torch.Tensor:
+    """When the network was trained with so much noise over signal, float32 [S]: between its times by the logarithm."""
+    trained = _trained_ratios()
+    timestep = np.interp(ratio.log().numpy(), trained.log().numpy(), np.arange(len(trained)))
+    return torch.from_numpy(timestep).float()
 
 
 _KINDS = {
@@ -144,6 +162,7 @@ _KINDS = {
     "2m-sde-karras": _Kind(_multistep(use_karras_sigmas=True)),
     "2m-ode": _Kind(_multistep(), eta=0.0),
     "2m-ode-karras": _Kind(_multistep(use_karras_sigmas=True), eta=0.0),
+    "edm": _Kind(_edm),
     "flow": _Kind(_flow(1)),
     "flow-2m-sde": _Kind(_flow(2)),
     "flow-2m-ode": _Kind(_flow(2), eta=0.0),

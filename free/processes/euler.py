@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,12 @@ def churn(sigma: torch.Tensor, s_churn: float, s_min: float, s_max: float) -> to
 
 
 def edm_columns(
-    sigma: torch.Tensor, gamma: torch.Tensor, s_noise: float, step_scale: float, sigma_data: float | None
+    sigma: torch.Tensor,
+    gamma: torch.Tensor,
+    s_noise: float,
+    step_scale: float,
+    sigma_data: float | None,
+    time: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> dict[str, Any]:
     """The fields of a process whose state is the raised one; arguments as of :meth:`free.ReverseProcess.edm`."""
     levels = Levels.of(torch.ones_like(sigma), sigma)
@@ -76,10 +82,14 @@ def edm_columns(
             raise ValueError(f"{name} is {value}; allowed is a positive number")
     raised = sigma * (1 + gamma.detach().cpu().double())
     noise = s_noise * (raised.square() - sigma.square()).clamp(min=0).sqrt()  # that raises each state
-    if sigma_data is None:
+    if time is not None:
+        scale = (raised.square() + 1).rsqrt()
+        told, of_state, of_model = time(raised), 1 / scale, -raised
+    elif sigma_data is None:
+        told = raised
         scale, of_state, of_model = torch.ones_like(raised), torch.zeros_like(raised), torch.ones_like(raised)
     else:
-        total = raised.square() + sigma_data**2
+        told, total = raised.log() / 4, raised.square() + sigma_data**2
         scale, of_state, of_model = total.rsqrt(), sigma_data**2 / total.sqrt(), raised * sigma_data / total.sqrt()
     one = scale.new_ones(1)
     next_scale, next_noise = torch.cat((scale[1:], one)), torch.cat((noise[1:], 0 * one))
@@ -92,7 +102,7 @@ def edm_columns(
             f"{quiet} of {len(sigma)} steps have no noise: each of them costs a round of its own", UserWarning, stacklevel=4
         )
     return {
-        "timestep": raised if sigma_data is None else raised.log() / 4,
+        "timestep": told,
         "state_coef": kept + of_x0 * of_state,
         "model_coef": of_x0 * of_model,
         "std": next_scale * next_noise,

@@ -10,6 +10,7 @@ process of second order has one column more: its mean takes an estimate of x0 th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -322,6 +323,7 @@ class ReverseProcess:
         gamma: torch.Tensor | None = None,
         step_scale: float = 1.0,
         sigma_data: float | None = 0.5,
+        time: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> ReverseProcess:
         """EDM's stochastic sampler (Karras et al. 2022, algorithm 2) by Euler steps, one evaluation each.
 
@@ -339,6 +341,8 @@ class ReverseProcess:
             step_scale: a factor of the step down.
             sigma_data: of the preconditioning: the network is EDM's raw F, given the scaled state and log(raised) / 4. None
                 is a denoiser, given the state itself and the raised sigma.
+            time: of a network that predicts the noise of states of unit variance, as one trained for DDPM does (the paper's
+                column VP): what it is told of raised levels [S]. Its state is x / sqrt(raised² + 1), whatever sigma_data is.
 
         Raises:
             ValueError: levels that rise, or a constant out of range.
@@ -346,7 +350,7 @@ class ReverseProcess:
         if not 0 <= s_churn < float("inf"):
             raise ValueError(f"s_churn is {s_churn}; allowed is 0 or more")
         gamma = churn(sigma, s_churn, s_min, s_max) if gamma is None else gamma
-        return cls(**edm_columns(sigma, gamma, s_noise, step_scale, sigma_data))
+        return cls(**edm_columns(sigma, gamma, s_noise, step_scale, sigma_data, time))
 
     @classmethod
     @on_cpu

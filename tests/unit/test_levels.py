@@ -128,28 +128,32 @@ def test_flow_grpo_begins_at_pure_noise() -> None:
     assert float(process.std[0]) == pytest.approx(math.sqrt(2 * 0.1 / (2 * (1 - 0.9))))
 
 
-@pytest.mark.parametrize("sigma_data", [None, 0.5])
-def test_edm_is_algorithm_2_without_its_second_evaluation(sigma_data: float | None) -> None:
+@pytest.mark.parametrize("network", [{"sigma_data": None}, {"sigma_data": 0.5}, {"time": torch.sqrt}])
+def test_edm_is_algorithm_2_without_its_second_evaluation(network: dict[str, Any]) -> None:
     """The state is the raised one: the algorithm as it is printed, with one noise a step, makes the same states."""
+    # so much is under the root of a state's scale, beside raised²
+    of_data: float | None = 1.0 if "time" in network else network["sigma_data"]
     sigma = torch.cat((torch.logspace(1.2, -1.5, 9, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
     steps, s_noise, step_scale = 9, 1.003, 1.5
     gamma = torch.full((steps,), 0.3, dtype=torch.float64)
-    process = ReverseProcess.edm(sigma, gamma=gamma, s_noise=s_noise, step_scale=step_scale, sigma_data=sigma_data)
+    process = ReverseProcess.edm(sigma, gamma=gamma, s_noise=s_noise, step_scale=step_scale, **network)
     draw = torch.Generator().manual_seed(2)
     initial, *noises = torch.randn(steps + 1, 16, dtype=torch.float64, generator=draw)
     outputs = torch.randn(steps, 16, dtype=torch.float64, generator=draw)  # of the network, whatever it is
     raised = sigma[:-1] * (1 + gamma)
 
     def denoised(k: int, x_hat: torch.Tensor) -> torch.Tensor:
-        if sigma_data is None:
+        if of_data is None:
             return outputs[k]
-        total = raised[k].square() + sigma_data**2
-        return sigma_data**2 / total * x_hat + raised[k] * sigma_data / total.sqrt() * outputs[k]
+        if "time" in network:  # the noise of x_hat = x0 + raised * noise
+            return x_hat - raised[k] * outputs[k]
+        total = raised[k].square() + of_data**2
+        return of_data**2 / total * x_hat + raised[k] * of_data / total.sqrt() * outputs[k]
 
     x, states = sigma[0] * initial, []
     for k in range(steps):
         x_hat = x + s_noise * (raised[k].square() - sigma[k].square()).sqrt() * noises[k]
-        states.append(x_hat if sigma_data is None else x_hat / (raised[k].square() + sigma_data**2).sqrt())
+        states.append(x_hat if of_data is None else x_hat / (raised[k].square() + of_data**2).sqrt())
         x = x_hat + step_scale * (sigma[k + 1] - raised[k]) * (x_hat - denoised(k, x_hat)) / raised[k]
     state = states[0]
     for k in range(steps):
@@ -158,9 +162,9 @@ def test_edm_is_algorithm_2_without_its_second_evaluation(sigma_data: float | No
         if k + 1 < steps:
             state = state + process.std[k].double() * noises[k + 1]
     torch.testing.assert_close(state, x, rtol=0, atol=2e-5)
-    told = raised if sigma_data is None else raised.log() / 4
+    told = raised.sqrt() if "time" in network else raised if of_data is None else raised.log() / 4
     torch.testing.assert_close(process.timestep, told)
-    scale = 1.0 if sigma_data is None else float((raised[0].square() + 0.25).rsqrt())
+    scale = 1.0 if of_data is None else float((raised[0].square() + of_data**2).rsqrt())
     spread = sigma[0].square() + s_noise**2 * (raised[0].square() - sigma[0].square())
     assert process.initial_std == pytest.approx(scale * float(spread.sqrt()))
 

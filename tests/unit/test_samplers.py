@@ -20,6 +20,9 @@ from free.targets.loading import load_target
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:free")
 
+TRAINED = (1 / (1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)).cumprod(0) - 1).sqrt().log()
+"""Of noise over signal, at each time of a DiT's training."""
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -81,10 +84,19 @@ def test_levels_of_flow_matching_are_another_scale_of_the_same_state(name: str, 
     if order == 2:
         torch.testing.assert_close(ours.memory, flow.memory, atol=1e-5, rtol=1e-3)
     # the network is told the time at which it was trained with that much noise
-    signal = (1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    trained = (1 / signal - 1).sqrt().log()
-    at = np.interp(ours.timestep.numpy(), np.arange(1000), trained.numpy())
+    at = np.interp(ours.timestep.numpy(), np.arange(1000), TRAINED.numpy())
     np.testing.assert_allclose(at, ratio.log().numpy(), atol=1e-3)
+
+
+def test_edm_keeps_to_the_levels_that_the_network_knows() -> None:
+    process, half = sampler_of("edm:50").process(), sampler_of("edm:50:eta=0.5").process()
+    raised = -process.x0_model_coef.double()  # noise over signal
+    torch.testing.assert_close(raised / (-half.x0_model_coef), torch.full((50,), (1 + 2**0.5 - 1) / 1.4).double())
+    at = np.interp(process.timestep.numpy(), np.arange(1000), TRAINED.numpy())
+    np.testing.assert_allclose(at, raised.log().numpy(), atol=1e-3)
+    assert process.timestep[0] < 999
+    assert process.timestep[-1] > 0
+    assert process.initial_std == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
