@@ -13,17 +13,18 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from free.data.digits import weights_path
 from free.data.images import LatentData, open_images
 from free.drafters.feature import FeatureDrafter
 from free.outputs import check_folder, writing
-from free.targets import DiTTarget, as_target
-from free.targets.loading import fingerprint, load_target
+from free.targets.loading import fingerprint
 from free.training.checkpoint import Checkpoints, random_state, set_random_state
 from free.training.config import DrafterTrainingConfig, continued
-from free.training.examples import Examples, NoisedPairs, VisitedWindows
+from free.training.examples import Examples
 from free.training.loss import drafter_loss
+from free.training.noised import NoisedPairs
+from free.training.setup import load_target_and_vae, make_accelerator, set_seeds, take_weights
 from free.training.validation import acceptance, predicted_efficiency, real_efficiency
+from free.training.visited import VisitedWindows
 
 _LOGGED = ("loss", "noise", "feature", "smooth")
 _VALIDATION_BATCHES = 16
@@ -60,19 +61,19 @@ class _Run:
 
     def __init__(self, config: DrafterTrainingConfig, model: Any) -> None:
         self.config, self.output_dir = config, Path(config.output_dir)
-        self.accelerator = accelerator = _accelerator(config)
-        self.target, vae = _load_model(config, model)
+        self.accelerator = accelerator = make_accelerator(config)
+        self.target, vae = load_target_and_vae(config, model)
         scheduler = self.target.scheduler
         self.scheduler = None if scheduler is None else DDPMScheduler.from_config(scheduler.config)
         self.target.transformer.to(accelerator.device).type(_PRECISION[config.mixed_precision])
         self.processes = [self.target.default_process(n).to(accelerator.device) for n in config.num_inference_steps]
         self.data = self._open_data(None if vae is None else vae.eval().to(accelerator.device))
 
-        _seed(config.seed)
+        set_seeds(config.seed)
         base = None if config.base == "none" else cast(Any, config.base)
         self.drafter = FeatureDrafter.from_target(self.target, base=base, sweeps=config.sweeps).float()
         if config.begin_with is not None:
-            _take_weights(self.drafter, config.begin_with)
+            take_weights(self.drafter, config.begin_with)
         self.ema = EMAModel(self.drafter.parameters(), decay=config.ema_decay) if config.use_ema else None
         optimizer = torch.optim.AdamW(
             self.drafter.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
@@ -85,7 +86,7 @@ class _Run:
         )
         self.block, self.optimizer = accelerator.prepare(self.drafter, optimizer)
         # each process meets noise of its own
-        _seed(config.seed + 1 + accelerator.process_index)
+        set_seeds(config.seed + 1 + accelerator.process_index)
         self.sources = self._make_sources(config.unroll, config.reuse)
         self.step = 0
         configuration = {
@@ -331,73 +332,3 @@ class _Run:
             processes=accelerator.num_processes,
             num_workers=config.dataloader_num_workers,
         )
-
-
-def _accelerator(config: DrafterTrainingConfig) -> Any:
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-
-        if config.report_to == "tensorboard":
-            import tensorboard  # noqa: F401 - accelerate would find out when training begins
-    except ImportError as error:
-        raise ImportError(f"training needs {error.name}: pip install 'free-dit[train]'") from error
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=Path(config.output_dir) / "logs",
-        # the block runs twice before a backward, and its buffers never change
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    allowed = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in allowed:
-        names = ", ".join(kind.value for kind in allowed)
-        raise ValueError(f"accelerate was launched as {accelerator.distributed_type.value}; allowed are {names}")
-    return accelerator
-
-
-def _seed(seed: int) -> None:
-    from accelerate.utils import set_seed
-
-    set_seed(seed)
-
-
-def _take_weights(drafter: FeatureDrafter, folder: str) -> None:
-    """Those of the drafter in ``folder``, whose base may be another."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"begin_with is {folder!r}, which is no folder")
-    try:
-        drafter.load_state_dict(FeatureDrafter.from_pretrained(folder).state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"begin_with is {folder!r}, whose weights do not fit this drafter: {error}") from error
-
-
-def _load_model(config: DrafterTrainingConfig, model: Any) -> tuple[DiTTarget, Any]:
-    """The target, and the VAE that encodes its images (None where there is none to use)."""
-    name = config.pretrained_model_name_or_path
-    if model is not None and name is not None:
-        raise ValueError(f"model was given, and pretrained_model_name_or_path {name!r} too; give one of them")
-    if model is None:
-        model = _load_pretrained(name)
-    target = as_target(model)
-    target.check_features()
-    vae = None
-    if config.train_data_dir is not None:
-        if config.vae is not None:
-            from diffusers import AutoencoderKL
-
-            vae = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True)
-        else:
-            vae = getattr(model, "vae", None)
-    return cast(DiTTarget, target), vae
-
-
-def _load_pretrained(name: str | None) -> Any:
-    folder = Path(name) if name is not None else weights_path()
-    if name is None or (folder.is_dir() and not (folder / "model_index.json").is_file()):
-        return load_target(folder)
-    # a folder that is not there may be a name on the hub
-    if folder.is_dir() or folder.as_posix().count("/") == 1:
-        from diffusers import DiTPipeline
-
-        return DiTPipeline.from_pretrained(name, use_safetensors=True)
-    return load_target(folder)

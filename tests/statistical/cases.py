@@ -128,8 +128,8 @@ def make_drafter(case: Case, model: Any, process: free.ReverseProcess, device: s
 @functools.cache
 def trained_drafter(target: str, steps: int) -> free.FeatureDrafter:
     """A FeatureDrafter after a few dozen rounds of training on what its own windows visit."""
-    from free.training.examples import VisitedWindows
     from free.training.loss import drafter_loss
+    from free.training.visited import VisitedWindows
 
     torch.manual_seed(0)
     featured, process = FeaturedTarget(make_target(Case(target, "", 8))), free.ReverseProcess.ddpm(steps)

@@ -80,7 +80,7 @@ def test_a_drafter_that_is_the_target_is_always_accepted_under_guidance() -> Non
 
 
 def test_a_drafter_trains_on_rounds_of_second_order(make_dit: Callable[..., DiTTransformer2DModel]) -> None:
-    from free.training.examples import VisitedWindows
+    from free.training.visited import VisitedWindows
 
     target = free.as_target(make_dit())
     drafter = free.FeatureDrafter.from_target(target)

@@ -21,14 +21,16 @@ from safetensors.torch import load_file, save_file
 
 import free
 import free.training.checkpoint
+import free.training.visited
 from free.data.images import Digits, ImageFolder, LatentData, Photos, Rows, open_images
 from free.drafters.loading import drafter_of
 from free.training import DrafterTrainingConfig, train_drafter
 from free.training.checkpoint import load_tree, random_state, save_tree, set_random_state
 from free.training.config import add_arguments
-from free.training.examples import NoisedPairs, VisitedWindows
 from free.training.loss import drafter_loss
+from free.training.noised import NoisedPairs
 from free.training.validation import acceptance, expected_rounds
+from free.training.visited import VisitedWindows
 
 MakeDiT = Callable[..., DiTTransformer2DModel]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -184,8 +186,8 @@ def test_what_is_wanted_is_what_the_gains_miss(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         drafter.to_output.weight.normal_(std=0.05)  # the path that the block sees is not the one that is tested
     rounds: list[Any] = []
-    advance = free.training.examples.advance
-    monkeypatch.setattr(free.training.examples, "advance", lambda *given: rounds.append(advance(*given)) or rounds[-1])
+    advance = free.training.visited.advance
+    monkeypatch.setattr(free.training.visited, "advance", lambda *given: rounds.append(advance(*given)) or rounds[-1])
     visited = VisitedWindows(target, process, 1.5, window=5, pool=6)
     moved = 0.0
     for _ in range(8):  # samples end and begin again on the way
