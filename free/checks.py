@@ -23,6 +23,19 @@ def on_cpu(function: F) -> F:
     return cast(F, wrapped)
 
 
+def without_gradients(function: F) -> F:
+    """As ``torch.no_grad()``, and in no ``inference_mode`` of the caller's either: what the function makes and keeps there,
+    no later call outside could write to.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return cast(F, wrapped)
+
+
 def is_int(value: Any) -> bool:
     """A Python, numpy or torch integer, and no bool."""
     if isinstance(value, torch.Tensor):

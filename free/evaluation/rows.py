@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -92,16 +93,16 @@ def device_name() -> str:
 
 
 def revision() -> str | None:
-    """The commit, marked where files differ from it; None outside a checkout."""
+    """The commit, marked where files differ from it; outside a checkout ``$FREE_REVISION``, if somebody set it, or None."""
     try:
         # an installed package may lie inside somebody else's checkout, whose commit says nothing about it
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return None
+            return os.environ.get("FREE_REVISION")
         commit = _git("rev-parse", "HEAD")
         # rows that this run has written itself are no difference
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FREE_REVISION")
     return f"{commit}-modified" if changed else commit
 
 

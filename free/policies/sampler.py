@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free.checks import check_count, check_number
+from free.checks import check_count, check_number, without_gradients
 from free.drafters import Drafter, as_drafter
 from free.processes import ReverseProcess
 from free.sampling.capture import Graphs, wants_capture
@@ -70,6 +70,7 @@ class Sampler:
         TypeError: a model or drafter that is none of those allowed.
     """
 
+    @without_gradients
     def __init__(
         self,
         network: Any,
@@ -122,7 +123,7 @@ class Sampler:
             example = None if known is None else {KNOWN: torch.zeros(num_samples or 1, *known.shape)}
             check_request(target, replace(self._options, guidance_scale=1.0, conditioning=example))
 
-    @torch.no_grad()
+    @without_gradients
     def __call__(
         self,
         conditioning: dict[str, Any] | None = None,
@@ -166,7 +167,6 @@ class Sampler:
             self._previous = None
             self._seen.clear()
 
-    @torch.no_grad()
     def _make(self, conditioning: dict[str, Any]) -> _Made:
         """Check, plan, and draw once, so that nothing is met for the first time by a call."""
         labels, rest = _split(conditioning)

@@ -112,4 +112,4 @@ def _sent(values: torch.Tensor) -> torch.Tensor:
     """A copy on the host; from CUDA it arrives later, and nobody waits."""
     if values.device.type != "cuda":
         return values.clone()
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values, non_blocking=True)

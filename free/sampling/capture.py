@@ -11,6 +11,7 @@ the model. It refers to no model, target or drafter, only to the tensors that th
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from free.checks import without_gradients
 from free.drafters import Drafter
 from free.sampling.account import Account
 from free.sampling.ancestral import Chain, step_on
@@ -35,6 +37,7 @@ from free.targets.base import has_rows
 
 T = TypeVar("T")
 
+_ONE_AT_A_TIME = threading.Lock()
 _KEPT = 4
 """Configurations whose graphs, and the memory that they hold, stay with a model."""
 
@@ -87,7 +90,14 @@ class Recording(Generic[T]):
                 function()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with _nothing_collected(), torch.cuda.graph(self._graph, pool=pool):
+        # what other threads do meanwhile is none of the recording's business
+        recorded = torch.cuda.graph(
+            self._graph,
+            pool=pool,
+            stream=_capture_stream(torch.cuda.current_device()),
+            capture_error_mode="thread_local",
+        )
+        with _ONE_AT_A_TIME, _nothing_collected(), recorded:
             self._result = function()
 
     def __call__(self) -> T:
@@ -98,6 +108,12 @@ class Recording(Generic[T]):
 @cache
 def _side_stream(_device: int) -> torch.cuda.Stream:
     """One for all recordings on a device: a stream of each one's own would keep memory of its own."""
+    return torch.cuda.Stream()
+
+
+@cache
+def _capture_stream(_device: int) -> torch.cuda.Stream:
+    """As that for warming up. Torch's own is of the device that recorded first, and would record nothing of another."""
     return torch.cuda.Stream()
 
 
@@ -112,6 +128,17 @@ def _nothing_collected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _casts_recorded() -> Iterator[None]:
+    """Under a caller's autocast each launch casts the weights anew: what it keeps of them is freed when it is left."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 class _Rounds:
@@ -141,6 +168,7 @@ class Graphs:
         self.account = kept.account
 
     @classmethod
+    @without_gradients
     def of(cls, setup: Setup) -> Graphs:
         """Those of an earlier call of the same kind, with an empty account, unless somebody uses them; else new ones.
 
@@ -153,6 +181,7 @@ class Graphs:
         _given_back(graphs, target, key, kept)
         return graphs
 
+    @without_gradients
     def advance(self, live: Live, window: int, watch: Stopwatch) -> tuple[Live, Round]:
         """As :func:`free.sampling.window.advance`, the round entered in :attr:`account`.
 
@@ -188,7 +217,8 @@ class Graphs:
         before = buffers.clone()
         buffers.step.fill_(request.process.num_steps)
         try:
-            recording = Recording(one_round, self._kept.pool)
+            with _casts_recorded():
+                recording = Recording(one_round, self._kept.pool)
         finally:
             assign(buffers, before)
         self._kept.held |= _read_by_graphs(request, setup.drafter, setup.reach)
@@ -220,6 +250,7 @@ class AncestralGraph:
         self.account = kept.account
 
     @classmethod
+    @without_gradients
     def of(cls, request: Request, impl: str) -> AncestralGraph:
         """As :meth:`Graphs.of`."""
         key = (weights(request.target.module), "step", baked(request, impl))
@@ -229,6 +260,7 @@ class AncestralGraph:
         _given_back(graph, request.target, key, kept)
         return graph
 
+    @without_gradients
     def advance(self, chain: Chain, watch: Stopwatch) -> Chain:
         """As :func:`step_on`, entered in :attr:`account`. What is returned lasts until the next step."""
         kept = self._kept
@@ -252,7 +284,8 @@ class AncestralGraph:
             account.add_step(moved.step, moved.state)
             assign(chain, moved)
 
-        recording = Recording(one_step, torch.cuda.graph_pool_handle())
+        with _casts_recorded():
+            recording = Recording(one_step, torch.cuda.graph_pool_handle())
         self._kept.held |= _read_by_graphs(request)
         return recording
 
@@ -299,8 +332,9 @@ def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
         (name, value.shape[1:], value.dtype) if has_rows(value) else (name, alike(value))
         for name, value in request.conditioning.items()
     )
+    device = request.seed.device
     return (
-        request.seed.device,
+        device,
         request.batch,
         request.sample_shape,
         request.guidance_scale,
@@ -308,6 +342,7 @@ def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
         conditioning,
         who_is(request.target),
         impl,
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
     )
 
 

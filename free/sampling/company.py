@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from free.sampling.likeness import alike
 from free.sampling.request import Request
@@ -14,6 +17,13 @@ def own(request: Request) -> Request:
     conditioning = {name: value.clone() if has_rows(value) else value for name, value in request.conditioning.items()}
     latents = None if request.latents is None else request.latents.clone()
     return replace(request, conditioning=conditioning, latents=latents)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether both, which have no rows, say the same; a number or an array becomes another tensor in each request."""
+    if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+        return (value.shape, value.dtype) == (other.shape, other.dtype) and torch.equal(value, other)
+    return value is other or alike(value) == alike(other)
 
 
 def check_alike(request: Request, others: Request, whose: str) -> None:
@@ -35,7 +45,7 @@ def check_alike(request: Request, others: Request, whose: str) -> None:
                     f"conditioning {name!r} has shape {tuple(value.shape)} and dtype {value.dtype}; that of {whose} has "
                     f"{tuple(other.shape)} and {other.dtype}"
                 )
-        elif value is not other and alike(value) != alike(other):
+        elif not _same(value, other):
             raise ValueError(
                 f"conditioning {name!r} is {value!r:.60}, which has no row a sample and so is the same for all; that of "
                 f"{whose} is {other!r:.60}"

@@ -53,6 +53,9 @@ def _alike(value: Any, above: tuple[int, ...]) -> Hashable:
         return tuple(_alike(entry, above) for entry in value)
     if is_dataclass(value) and not isinstance(value, type):
         return _identity(type(value)), *(_alike(getattr(value, field.name), above) for field in fields(value))
+    compiled = getattr(value, "_torchdynamo_orig_callable", None)
+    if compiled is not None:  # each call compiles anew what is the same
+        return "compiled", _alike(compiled, above)
     if isinstance(value, MethodType):  # each look at one is another object
         return _identity(value.__func__), _alike(value.__self__, above)
     return _identity(value)

@@ -146,7 +146,9 @@ def speculative_sample(
     )
     with bar, running, drafter.running(compile=compile), relaxed:
         run = Run(setup, Graphs.of(setup) if captured else None)
-        schedule = schedule or auto_window(setup, run.graphs)
+        if schedule is None:
+            with run.watch.on_host("measuring"):
+                schedule = auto_window(setup, run.graphs)
         result = _Result(request, run.state, model, callback_on_step_end, return_trajectory)
         # with static shapes the host may be a round behind, unless somebody looks at every round
         lag = 1 if setup.static_shapes and not request.target.ranks.any(result.watched or progress) else 0

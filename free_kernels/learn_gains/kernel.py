@@ -57,7 +57,7 @@ def frequencies_kernel(
     patches = numel // (M * P * Q)
     mixed = tl.program_id(0) % M
     patch = tl.program_id(0) // M % patches
-    column = tl.program_id(0) // M // patches % window
+    column = (tl.program_id(0) // M // patches % window).to(tl.int64)
     sample = (tl.program_id(0) // M // patches // window).to(tl.int64)
     step = tl.minimum(tl.maximum(tl.load(step_ptr + sample) + column, 0), num_steps - 1)
     inside, mask = patch_offsets(P, Q, ROWS, COLUMNS)

@@ -84,7 +84,7 @@ def test_no_round_synchronises(target: free.DiTTarget, drafter: str, window: int
 
 
 @pytest.mark.parametrize("window", [1, 4, 8])
-@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output"])
+@pytest.mark.parametrize("drafter", ["hold-x0", "hold-output", "gains"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: int, order: int) -> None:
     """Elementwise, so that the shapes that batches shrink through do not matter."""
@@ -107,6 +107,24 @@ def test_a_captured_run_equals_the_eager_one_to_the_bit(drafter: str, window: in
         del common["window"]
         step_by_step = [free.ancestral_sample(target, capture=capture, **common).samples for capture in (False, True)]
         assert torch.equal(*step_by_step)
+
+
+@pytest.mark.parametrize("drafter", ["hold-x0", "gains"])
+def test_captured_engines_and_policies_draw_what_the_eager_sampler_draws(drafter: str) -> None:
+    target = free.as_target(ElementwiseTarget())
+    latents = torch.full((1, 4, 8, 8), 0.5, device="cuda")
+    common: dict[str, Any] = {"process": free.ReverseProcess.ddpm(30), "window": 4}
+    expected = [
+        free.speculative_sample(target, drafter, latents=latents, seed=seed, capture=False, **common).samples[0]
+        for seed in range(7)
+    ]
+    engine = free.Engine(target, drafter, slots=4, capture=True, **common)
+    handles = [engine.add(latents=latents, seed=seed) for seed in range(7)]
+    list(engine.run())
+    policy = free.Sampler(target, shape=(4, 8, 8), num_samples=1, drafter=drafter, capture=True, **common)
+    for handle, samples in zip(handles, expected, strict=True):
+        assert torch.equal(handle.sample, samples)
+        assert torch.equal(policy(latents=latents, seed=handle.seed)[0], samples)
 
 
 def test_the_captured_ancestral_sampler_equals_the_eager_one_to_the_bit() -> None:

@@ -263,6 +263,34 @@ def test_guidance_brings_nothing_from_the_host_while_it_is_recorded(capture: Cal
             assert torch.equal(capture(sample, target, **common).samples, sample(target, **common).samples)
 
 
+@pytest.mark.parametrize("sample", [free.speculative_sample, free.ancestral_sample])
+def test_what_was_recorded_under_autocast_serves_under_autocast_alone(
+    capture: Callable[..., Any], dit: DiTTransformer2DModel, sample: Callable[..., Any]
+) -> None:
+    """And reads no cast weights that autocast has let go of."""
+    common: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 12, "seed": 3}
+    if sample is free.speculative_sample:
+        common["window"] = 1  # batches of one shape, whose bits agree
+    for dtype in (None, torch.bfloat16, torch.float16, torch.bfloat16, None):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            got, expected = capture(sample, dit, **common), sample(dit, **common)
+        assert torch.equal(got.samples, expected.samples)
+
+
+@pytest.mark.parametrize("sample", [free.speculative_sample, free.ancestral_sample])
+def test_what_was_recorded_in_inference_mode_serves_outside(capture: Callable[..., Any], sample: Callable[..., Any]) -> None:
+    model = GaussianModel()
+    common: dict[str, Any] = {"shape": (5,), "num_inference_steps": 20, "num_samples": 1}
+    expected = [sample(model, seed=seed, **common).samples for seed in range(3)]
+    with torch.inference_mode():
+        assert torch.equal(capture(sample, model, seed=0, **common).samples, expected[0])
+    made = Rehearsal.made
+    assert torch.equal(capture(sample, model, seed=1, **common).samples, expected[1])
+    with torch.inference_mode():
+        assert torch.equal(capture(sample, model, seed=2, **common).samples, expected[2])
+    assert Rehearsal.made == made
+
+
 # --- which drafters are alike -------------------------------------------------------------------------------------------
 
 
@@ -326,6 +354,15 @@ class Nested(Drafter):
 
     def propose(self, situation: Any) -> Any:
         raise NotImplementedError
+
+
+def test_a_drafter_compiled_again_is_the_same(dit: DiTTransformer2DModel) -> None:
+    learned = free.FeatureDrafter.from_target(dit)
+    keys = []
+    for _ in range(2):
+        with learned.running(compile=True):
+            keys.append(drafter_key(learned))
+    assert keys[0] == keys[1] != drafter_key(learned)
 
 
 def test_drafters_that_learn_are_told_apart_by_who_they_are() -> None:

@@ -590,6 +590,29 @@ def test_conditioning_that_is_no_tensor() -> None:
     assert seen[-1] == ("b", [2])
 
 
+def test_numbers_as_conditioning_are_compared_by_what_they_say() -> None:
+    def model(x: torch.Tensor, timestep: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+        return strength * ElementwiseTarget()(x, timestep)
+
+    engine = engine_of(model, process=make_process())
+    for seed in range(2):
+        engine.add(seed=seed, conditioning={"strength": np.array(0.5)})
+    with pytest.raises(ValueError, match="'strength' is tensor"):
+        engine.add(seed=2, conditioning={"strength": np.array(0.75)})
+    assert len(list(engine.run())) == 2
+
+
+def test_requests_and_rounds_in_inference_mode_and_out_of_it() -> None:
+    requests, engine = asked()[:4], engine_of(scaled(), slots=2, process=make_process())
+    handles = []
+    for request, within in zip(requests, (True, False, True, False), strict=True):
+        with torch.inference_mode(within):
+            handles.append(engine.add(**request))
+            engine.step()
+    list(engine.run())
+    assert_alone(handles, requests, scaled(), "hold-x0", process=make_process())
+
+
 def test_a_plan_of_the_same_seed_is_refused() -> None:
     process = make_process()
     stats = free.speculative_sample(ElementwiseTarget(), shape=SHAPE, process=process, seed=3).stats

@@ -76,6 +76,17 @@ def test_what_a_call_returns_is_the_callers(network: Network) -> None:
     assert torch.equal(policy({"observation": OBSERVATION}, seed=1), kept)
 
 
+def test_a_sampler_made_in_inference_mode_serves_outside(network: Network) -> None:
+    given = {"observation": OBSERVATION}
+    with torch.inference_mode():
+        policy = make(network, shift=2, conditioning=given)
+        first = policy(given, seed=1)
+    second = policy(given, seed=2)
+    outside = make(network, shift=2)
+    assert torch.equal(outside(given, seed=1), first)
+    assert torch.equal(outside(given, seed=2), second)
+
+
 def test_latents_and_generators(network: Network) -> None:
     policy = make(network)
     latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from free.checks import check_count, is_int
+from free.checks import check_count, is_int, without_gradients
 from free.drafters import Drafter, as_drafter
 from free.parallel.engine.batch import Batch, Row, refill, rows_together
 from free.parallel.engine.handle import EngineStatistics, Handle
@@ -60,6 +60,7 @@ class Engine:
         TypeError: a model, a drafter or a relaxation that is none.
     """
 
+    @without_gradients
     def __init__(
         self,
         model: Any,
@@ -113,6 +114,7 @@ class Engine:
         self._stepping = threading.RLock()
         self._in_step = False
 
+    @without_gradients
     def add(
         self,
         *,
@@ -163,7 +165,7 @@ class Engine:
         """Requests without a slot."""
         return len(self._queue)
 
-    @torch.no_grad()
+    @without_gradients
     def step(self) -> list[Handle]:
         """One round of all samples under way, after those that wait have taken the slots that are free.
 
