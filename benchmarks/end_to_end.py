@@ -7,23 +7,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler, DiTPipeline
 
 import free
 from benchmarks.bound import bound_of_choice, bound_of_window
 from benchmarks.latency import IMPLEMENTATIONS, NO_GRAPHS, best, forward_seconds, is_captured, is_compiled
-from benchmarks.models import GUIDANCE, Recipe, labels_of, request_of, trained
+from benchmarks.models import GUIDANCE, Recipe, Size, labels_of, request_of, trained, untrained
 from benchmarks.record import OUT_OF_TIME, Record
 from free.processes import ReverseProcess
 from free.targets import DiTTarget
 
 BENCHMARK = "end to end"
 BY_IMPLEMENTATION = "end to end, by implementation"
-COMPARED = "hold-x0"
+COMPARED = "gains"
 """The drafter that is run in every implementation, with the first of the windows."""
+PIPELINE = "diffusers' pipeline"
+"""A baseline: diffusers' own ``DiTPipeline``, eager."""
 FORWARD = "forward in the sampler's run"
 _RUNS = 3  # of a configuration, after one that warms up
 _ENOUGH = 6.0  # seconds, after which there are no more of them
@@ -45,19 +49,19 @@ def measure(
     if not keys:
         return
     target, learned = trained(recipe, device, folder)
-    drafters = {"hold-x0": "hold-x0", "feature, trained": learned}
+    drafters = {"gains": "gains", "hold-x0": "hold-x0", "feature, trained": learned}
     for key in keys:
         if record.out_of_time:
             record.skip(OUT_OF_TIME, **key)
         else:
-            _Group(record, target, key, device).measure(drafters, windows, forwards)
+            _Group(record, target, recipe.size, key, device).measure(drafters, windows, forwards)
 
 
 class _Group:
     """A model at a batch size: what is compared with each other is measured together, and taken up again together."""
 
-    def __init__(self, record: Record, target: DiTTarget, key: dict[str, Any], device: torch.device) -> None:
-        self.record, self.target, self.device, self.steps = record, target, device, key["steps"]
+    def __init__(self, record: Record, target: DiTTarget, size: Size, key: dict[str, Any], device: torch.device) -> None:
+        self.record, self.target, self.size, self.device, self.steps = record, target, size, device, key["steps"]
         self.batch, self.bound_key = key["batch"], key
         self.key = {
             "model": key["model"],
@@ -73,10 +77,10 @@ class _Group:
         }
 
     def measure(self, drafters: dict[str, Any], windows: Sequence[int], forwards: Sequence[int]) -> None:
-        baselines = {name: self._ancestral(name) for name in IMPLEMENTATIONS}
-        baselines = {name: seconds for name, seconds in baselines.items() if seconds is not None}
+        measured = {PIPELINE: self._pipeline(), **{name: self._ancestral(name) for name in IMPLEMENTATIONS}}
+        baselines = {name: seconds for name, seconds in measured.items() if seconds is not None}
         for name in baselines:
-            if name != best(self.device):
+            if name not in (PIPELINE, best(self.device)):
                 self._speculative(COMPARED, drafters[COMPARED], windows[0], baselines, {}, name)
         if best(self.device) not in baselines:
             self.record.skip(OUT_OF_TIME, **self.bound_key)
@@ -132,6 +136,29 @@ class _Group:
         stats = _repeated(run)
         seconds = _per_sample(stats)
         self.record.write(**key, seconds_per_sample=seconds, runs=len(stats))
+        return seconds
+
+    def _pipeline(self) -> float | None:
+        """Of an untrained model of the size with 1000 classes, since the pipeline knows no others; nothing is decoded."""
+        key = {"benchmark": BENCHMARK, "sampler": PIPELINE, **self.key, "implementation": "eager"}
+        if self.record.out_of_time:
+            self.record.skip(OUT_OF_TIME, **key)
+            return None
+        pipeline = DiTPipeline(untrained(self.size, self.device).transformer, _NoDecoder(), DDPMScheduler(clip_sample=False))
+        pipeline.set_progress_bar_config(disable=True)
+        taken: list[float] = []
+        while len(taken) <= _RUNS and sum(taken[1:]) < _ENOUGH:  # the first one warms up
+            begin = time.perf_counter()
+            pipeline(
+                list(range(self.batch)),
+                guidance_scale=GUIDANCE,
+                num_inference_steps=self.steps,
+                generator=torch.Generator(self.device).manual_seed(len(taken)),
+                output_type="np",  # brings the samples to the host, as ours ends when they are there
+            )
+            taken.append((time.perf_counter() - begin) / self.batch)
+        seconds = statistics.median(taken[1:])
+        self.record.write(**key, seconds_per_sample=seconds, runs=len(taken) - 1)
         return seconds
 
     def _forwards(self, windows: Sequence[int]) -> dict[int, float]:
@@ -196,5 +223,19 @@ def _repeated(run: Callable[[int], free.SamplingStatistics]) -> list[free.Sampli
 
 
 def _per_sample(stats: Sequence[free.SamplingStatistics]) -> float:
-    """Without the recording of graphs, which a run needs where it meets a batch size or a window for the first time."""
-    return statistics.median((one.total_seconds - one.seconds.get("recording", 0.0)) / len(one.rounds) for one in stats)
+    """Without the recording of graphs, which a run needs where it meets a batch size or a window for the first time, and
+    without the timing of rounds, of which "auto" does more in its first seconds than ever after.
+    """
+    once = ("recording", "measuring")
+    return statistics.median(
+        (one.total_seconds - sum(one.seconds.get(phase, 0.0) for phase in once)) / len(one.rounds) for one in stats
+    )
+
+
+class _NoDecoder:
+    """Stands for a VAE, whose time is not that of sampling."""
+
+    config = SimpleNamespace(scaling_factor=1.0)
+
+    def decode(self, latents: torch.Tensor) -> Any:
+        return SimpleNamespace(sample=latents)

@@ -100,7 +100,7 @@ def _speedup(axes: Any, rows: Rows) -> None:
             list(chosen),
             [row["speedup"][row["implementation"]] for row in chosen.values()],
             color=_COLORS[windows.index(window) % len(_COLORS)],
-            ls=("-", "--")[drafters.index(drafter) % 2],
+            ls=("-", "--", "-.")[drafters.index(drafter) % 3],
             marker="o",
             label=f"{drafter}, W {window}",
         )

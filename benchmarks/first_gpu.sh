@@ -3,7 +3,7 @@
 # The parts, in their order, and how to carry what the machine lacks, are in benchmarks/README.md. TOY=1 is a dry run on a CPU.
 set -uo pipefail
 
-PARTS="smoke xl share windows memcheck law rest"
+PARTS="smoke xl small memcheck law kernels rest"
 LIMIT=${LIMIT:-520} # seconds of a call
 
 part=${1:-} out=${2:-} earlier=${3:-}
@@ -18,6 +18,7 @@ log=$out/$part.log
 : >"$log"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0
+python=$(command -v python3 || command -v python)
 
 say() { echo "$@" | tee -a "$log"; }
 
@@ -34,7 +35,8 @@ run() {
         return
     fi
     say "== $name: $*"
-    timeout --kill-after=10 "$most" "$@" 2>&1 | tee -a "$log"
+    # an interrupt, at which pytest still says what failed
+    timeout --signal=INT --kill-after=20 "$most" "$@" 2>&1 | tee -a "$log"
     status=${PIPESTATUS[0]}
     say "== $name: exit $status after $((SECONDS - begin)) s"
     ((status == 0)) || failed=1
@@ -43,7 +45,7 @@ run() {
 tests() { # tests NAME SECONDS PYTEST-ARGUMENTS...
     local name=$1 most=$2
     shift 2
-    run "$name" "$most" python -m pytest -q -p no:cacheprovider -o faulthandler_timeout=100 --tb=short "$@"
+    run "$name" "$most" "$python" -m pytest -q -p no:cacheprovider -o faulthandler_timeout=100 --tb=short "$@"
 }
 
 measure() { # measure NAME SECONDS ARGUMENTS...: rows go to OUT, and what is there already is left out
@@ -52,7 +54,7 @@ measure() { # measure NAME SECONDS ARGUMENTS...: rows go to OUT, and what is the
     ((most > $(left))) && most=$(left)
     # nothing is begun in the last three quarters of a minute
     minutes=$(awk "BEGIN { print ($most > 45 ? $most - 45 : 0) / 60 }")
-    run "$name" "$most" python -m benchmarks.gpu --results "$out" --resume --minutes "$minutes" "${toy[@]}" "$@"
+    run "$name" "$most" "$python" -m benchmarks.gpu --results "$out" --resume --minutes "$minutes" "${toy[@]}" "$@"
 }
 
 kernels() { # kernels NAME SECONDS WHICH
@@ -79,60 +81,73 @@ fi
 if [[ -n ${WHEELS:-} ]]; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    run wheels 60 python -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$WHEELS"/*.whl
+    run wheels 60 "$python" -m pip install -q --no-index --no-deps --no-cache-dir --target "$site" "$WHEELS"/*.whl
     export PYTHONPATH=$site:$PYTHONPATH
 fi
 
+sanitized() { # sanitized NAME SECONDS COMMAND...: under the checker of memory, whose last lines are shown
+    local name=$1 most=$2 tool
+    shift 2
+    tool=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+    if [[ -z $tool ]]; then
+        say "== $name: there is no compute-sanitizer on this machine"
+        failed=1
+        return
+    fi
+    # without torch's own cache, which would hand out neighbours' memory for a kernel's; a graph cannot do without it
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$name" "$most" \
+        "$tool" --tool memcheck --error-exitcode 9 --log-file "$out/$part-memcheck.txt" "$@"
+    tail -n 5 "$out/$part-memcheck.txt" | tee -a "$log"
+}
+
+# the shapes that targets are set for, and one operation that is compiled for both: a compiler takes half a minute a case
+targets="1x8x4096 or 16x16x65536"
+verified="compile and verify and not stored"
+
 case $part in
 smoke)
-    run imports 60 python -c '
+    run imports 90 "$python" -c '
 import diffusers, torch, triton
 import free, free_kernels, free.sampling.capture, free_kernels.verify.kernel
 print("torch", torch.__version__, "triton", triton.__version__, "diffusers", diffusers.__version__)
 print(torch.cuda.get_device_name(), torch.cuda.mem_get_info()) if torch.cuda.is_available() else print("no CUDA")
 '
-    tests "the kernels' own" 60 tests/kernels/test_gpu.py
+    tests "the kernels' own" 90 tests/kernels/test_gpu.py
+    kernels "kernels, where targets are set" 120 "not compile and ($targets)"
+    kernels "verify, compiled" 90 "$verified and ($targets)"
     # what compiles runs last in this file, which has a process of its own
     tests "the samplers" 130 tests/integration/test_gpu.py
-    tests "the kernels against the reference" 150 tests/kernels -m gpu --deselect tests/kernels/test_gpu.py
     # its rows go to a folder of its own
-    run "dry run of the benchmark" 300 python -m benchmarks.gpu --toy
+    run "dry run of the benchmark" 150 "$python" -m benchmarks.gpu --toy --part end-to-end
+    tests "the kernels against the reference" 150 tests/kernels -m gpu --deselect tests/kernels/test_gpu.py -n 8
+    sanitized "memory of the operations" 120 "$python" -m benchmarks.operations
     ;;
 xl)
-    measure "XL/2, one sample" 520 --part end-to-end --models DiT-XL/2 --batches 1
-    measure "XL/2, four samples" 520 --part end-to-end --models DiT-XL/2 --batches 4
+    measure "XL/2, one sample" 450 --part end-to-end --models DiT-XL/2 --batches 1
+    measure "share of a round" 90 --part share --models DiT-XL/2 --batches 1
     ;;
-share)
-    measure "share of a round" 200 --part share --models DiT-XL/2 DiT-S/2 --batches 1
-    measure "S/2, one sample" 520 --part end-to-end --models DiT-S/2 --batches 1
-    measure "S/2, four samples" 520 --part end-to-end --models DiT-S/2 --batches 4
-    ;;
-windows)
-    measure "T(W)" 260 --part windows --models DiT-XL/2 DiT-S/2
-    kernels "kernels, without a compiler" 520 "not compile"
+small)
+    measure "S/2, one sample" 340 --part end-to-end --models DiT-S/2 --batches 1
+    measure "share of a round" 90 --part share --models DiT-S/2 --batches 1
+    measure "T(W)" 260 --part windows --models DiT-XL/2 DiT-S/2 --batches 1
     measure "projection" 60 --part projection
     ;;
 memcheck)
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-    if [[ -n $sanitizer ]]; then
-        # without torch's own cache, which would hand out neighbours' memory for a kernel's; a graph cannot do without it
-        export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-        run memcheck 500 "$sanitizer" --tool memcheck --error-exitcode 9 --log-file "$out/memcheck.txt" \
-            python -m pytest -q -p no:cacheprovider -m gpu -k "not graph and not large_offsets" \
-            tests/kernels/test_{gpu,gains,round,verify,elementwise,philox}.py
-        tail -n 5 "$out/memcheck.txt" | tee -a "$log"
-    else
-        say "there is no compute-sanitizer on this machine"
-        failed=1
-    fi
+    sanitized "memory of the kernels' tests" 500 "$python" -m pytest -q -p no:cacheprovider -m gpu \
+        -k "not graph and not large_offsets" tests/kernels/test_{gpu,gains,round,verify,elementwise,philox}.py
     ;;
 law)
     tests "the law" 520 tests/statistical -m gpu
     ;;
+kernels)
+    kernels "kernels, without a compiler" 300 "not compile"
+    kernels "kernels, compiled" 400 "compile"
+    ;;
 rest)
+    measure "XL/2, four samples" 300 --part end-to-end --models DiT-XL/2 --batches 4
+    measure "S/2, four samples" 300 --part end-to-end --models DiT-S/2 --batches 4
     measure "T(W) of the others" 150 --part windows --models "DiT-XL/2, 512²" DiT-B/2 DiT-L/2
     measure "share of a round, sixteen samples" 100 --part share --models DiT-XL/2 DiT-S/2 --batches 16
-    kernels "kernels, compiled" 150 "compile"
     measure "S/2, sixteen samples" 520 --part end-to-end --models DiT-S/2 --batches 16
     measure "XL/2, sixteen samples" 520 --part end-to-end --models DiT-XL/2 --batches 16
     ;;

@@ -137,7 +137,8 @@ def measure_share(record: Record, sizes: Sequence[Size], batches: Sequence[int],
                         record.skip(OUT_OF_TIME, **key)
                         continue
                     request = request_of(target, batch, GUIDANCE, 250)
-                    with request.running(features=drafter.needs_features, compile=compile):
+                    running = request.running(drafter, features=drafter.needs_features, compile=compile)
+                    with running, drafter.running(compile=compile):
                         whole, forward, draft = _of_a_round(Setup.of(request, drafter, window, "auto"))
                     record.write(
                         **key,
@@ -157,7 +158,8 @@ def _implementation(compile: bool, device: torch.device) -> str:
 
 
 def _drafters(target: Any) -> Iterator[tuple[str, Drafter]]:
-    yield "hold-x0", as_drafter("hold-x0")
+    for name in ("hold-x0", "gains"):
+        yield name, as_drafter(name, target.device)
     for sweeps, name in ((1, "feature, one sweep"), (0, "feature, step by step")):
         yield name, FeatureDrafter.from_target(target, sweeps=sweeps)
 

@@ -1,9 +1,13 @@
-"""The operations of :mod:`free_kernels` on the inputs of a round, and the bytes that each has to move."""
+"""The operations of :mod:`free_kernels` on the inputs of a round, and the bytes that each has to move.
+
+``python -m benchmarks.operations`` runs each once on a GPU, at three shapes, for a checker of memory to look on.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +20,8 @@ from free_kernels import Knowledge, Patches, Scales, StepTable
 
 GUIDANCE = 1.5
 STEPS = 250
+ONCE = ((3, 5, 1156), (1, 8, 4096), (16, 16, 65536))
+"""Shapes (B, W, D): one that no block divides, a small and a large one."""
 
 Call = Callable[[str], Any]
 """An operation as a function of ``impl``."""
@@ -275,3 +281,19 @@ OPERATIONS: dict[str, Callable[[Round], tuple[Call, int]]] = {
     )
 }
 """Each makes, of a round, the call and how many bytes it has to move: inputs once, results once."""
+
+
+def main(shapes: Sequence[tuple[int, int, int]] = ONCE) -> int:
+    """Every operation once at each shape: the kernels on a GPU, the reference elsewhere."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for shape in shapes:
+        for name, make in OPERATIONS.items():
+            make(Round(shape, device))[0]("auto")
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            print(name, shape, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

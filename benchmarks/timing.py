@@ -11,6 +11,7 @@ import torch
 
 REPEATS = 50
 _FLUSH_BYTES = 2**28  # several times the last-level cache of any device at hand
+_AWAKE = 0.1  # seconds of work until a device that idled is at its clock
 
 
 def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS, flush: bool = True) -> float:
@@ -23,15 +24,26 @@ def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: i
             run()
             times.append(1e6 * (time.perf_counter() - begin))
         return statistics.median(times)
-    scratch = torch.empty(_FLUSH_BYTES if flush else 0, dtype=torch.int8, device=device)
+    wake(device)
+    # read, not written: what is written stays in the cache, and the kernel that is timed would have to evict it
+    scratch = torch.zeros(_FLUSH_BYTES // 4 if flush else 0, device=device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin_event, end_event in events:
-        scratch.zero_()
+        scratch.sum()
         begin_event.record()
         run()
         end_event.record()
     torch.cuda.synchronize()
     return statistics.median(1e3 * begin.elapsed_time(end) for begin, end in events)
+
+
+def wake(device: torch.device) -> None:
+    """Bring a CUDA device to its clock, which falls while the host compiles or records."""
+    square = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.perf_counter() + _AWAKE
+    while time.perf_counter() < end:
+        square @ square
+        torch.cuda.synchronize(device)
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
