@@ -21,7 +21,7 @@ from free.evaluation.report import draw as draw_compared
 from free.evaluation.report import draw_quality
 
 TESTBED = "photo_dit"
-_LEFT_OUT = (*REMOVED, "photo_drafter_50:sweeps=0", "photo_drafter_250:sweeps=0")
+_LEFT_OUT = (*REMOVED, "photo_drafter_50:sweeps=0")
 """Of the testbed's figure, whose legend is read at a glance; the table has them."""
 _STYLES = {"triton": ("C0", "o"), "compile": ("C1", "s"), "eager": ("C3", "^")}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.rows import REMOVED
+
 MODEL, GUIDANCE = "photo_dit", 1.5
 COLUMNS = ((50, 8), (50, 32), (250, 8), (250, 32))
 """Steps and window."""
@@ -24,7 +26,11 @@ def peers(rows: Mapping[str, Sequence[Row]]) -> str:
     """Markdown: rounds, and S / rounds with its standard error; of several rows of one kind the best counts."""
     lines = []
     for words, (name, fits) in _PEERS.items():
-        own = [row for row in rows[name] if fits(row.get("drafter", "")) and _is_plain(row)]
+        own = [
+            row
+            for row in rows[name]
+            if _is_plain(row) and fits(row.get("drafter", "")) and row.get("drafter") not in REMOVED
+        ]
         lines.append((words, *(_cell(own, steps, window) for steps, window in COLUMNS)))
     measured = [row for row in rows["compare"] if row["model"] == MODEL]
     if not measured:

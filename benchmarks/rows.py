@@ -9,8 +9,8 @@ from typing import Any
 from free.evaluation import rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
-REMOVED = ("linear-50", "linear-250")
-"""Drafters that the package had and has no more: rows stay, pages and figures speak of those that it has."""
+REMOVED = ("linear-50", "linear-250", "photo_drafter_250:sweeps=0", "photo_drafter_250_w8")
+"""Drafters and weights that the package had and has no more: rows stay, pages and figures speak of those that it has."""
 
 
 def write_row(
