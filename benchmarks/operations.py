@@ -15,6 +15,7 @@ import torch
 
 import free_kernels
 from free import ReverseProcess
+from free.drafters.gains import Gains
 from free.drafters.patches import patches_of
 from free_kernels import Knowledge, Patches, Scales, StepTable
 
@@ -54,6 +55,11 @@ class Round:
     @property
     def guided(self) -> dict[str, Any]:
         return {"unconditional_output": self.unconditional, "guidance_scale": GUIDANCE}
+
+    @property
+    def guided_first(self) -> dict[str, Any]:
+        """Of the first column alone."""
+        return {**self.guided, "unconditional_output": self.unconditional[:, 0]}
 
     @cached_property
     def combined(self) -> torch.Tensor:
@@ -107,8 +113,7 @@ def normal(given: Round) -> tuple[Call, int]:
 
 
 def posterior(given: Round) -> tuple[Call, int]:
-    state, output = given.states[:, 0], given.outputs[:, 0]
-    guided = {**given.guided, "unconditional_output": given.unconditional[:, 0]}
+    state, output, guided = given.states[:, 0], given.outputs[:, 0], given.guided_first
     return (
         lambda impl: free_kernels.posterior(state, output, given.seed, given.step, given.table, **guided, impl=impl),
         (4 + 2 + 2 + 4) * given.rows,
@@ -120,7 +125,7 @@ def posterior_with_memory(given: Round) -> tuple[Call, int]:
     levels = (1 - sigma, sigma, sigma[:-1].float())
     table = ReverseProcess.from_levels(*levels, "flow_prediction", order=2).to(given.step.device).table
     state, output, x0 = given.states[:, 0], given.outputs[:, 0], given.apart[:, 0]
-    guided = {**given.guided, "unconditional_output": given.unconditional[:, 0]}
+    guided = given.guided_first
     return (
         lambda impl: free_kernels.posterior_with_memory(
             state, output, x0, given.seed, given.step, table, **guided, impl=impl
@@ -185,25 +190,21 @@ def verify_stored_noise(given: Round) -> tuple[Call, int]:
 def learn_gains(given: Round) -> tuple[Call, int]:
     guided = {"unconditional_outputs": given.unconditional, "guidance_scale": GUIDANCE}
     window = (given.states, given.outputs, given.step, given.length)
-    before = (*given.known, given.step - given.behind, given.length)
+    before = (*given.known, given.step - given.behind, given.length, given.table, given.scales, given.patches)
     again = given.window - given.behind  # columns whose step the last window reached too
     sums = 4 * given.batch * (given.window + 1) * 4 * given.patches.bands
     return (
-        lambda impl: free_kernels.learn_gains(
-            *window, *before, given.table, given.scales, given.patches, forgetting=(0.7, 0.85), **guided, impl=impl
-        ),
+        lambda impl: free_kernels.learn_gains(*window, *before, forgetting=Gains.forgetting, **guided, impl=impl),
         (given.window * (4 + 2 + 2 + 4 + 4) + again * (4 + 4)) * given.rows + sums,
     )
 
 
 def gain_correction(given: Round) -> tuple[Call, int]:
-    before = (*given.known, given.step - given.behind, given.length)
+    before = (*given.known, given.step - given.behind, given.length, given.table, given.scales, given.patches)
     anchors = min(given.window - given.behind, given.window - 1)  # different ones
     sums = 4 * given.batch * anchors * 4 * given.patches.bands
     return (
-        lambda impl: free_kernels.gain_correction(
-            given.states, given.step, *before, given.table, given.scales, given.patches, ridge=0.01, impl=impl
-        ),
+        lambda impl: free_kernels.gain_correction(given.states, given.step, *before, ridge=0.01, impl=impl),
         ((given.window - 1) * (4 + 4) + anchors * (4 + 4)) * given.rows + sums,
     )
 

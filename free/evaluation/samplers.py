@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,7 @@ def _edm(steps: int, eta: float) -> ReverseProcess:
     return ReverseProcess.edm(sigma, s_churn=40 * eta, time=_time_of)
 
 
+@cache
 def _trained_ratios() -> torch.Tensor:
     """Noise over signal at each time of the network's training, rising, float64 [1000]."""
     from diffusers import DDPMScheduler
