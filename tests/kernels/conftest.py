@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels.sanitizer import watched
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
@@ -27,3 +29,14 @@ def _poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _watched() -> Iterator[None]:
+    """Where kernels are interpreted, what they touch in memory is watched; on a GPU ``compute-sanitizer`` is the watch."""
+    if torch.cuda.is_available():
+        yield
+        return
+    pytest.importorskip("triton")
+    with watched():
+        yield
