@@ -75,6 +75,8 @@ class ReverseProcess:
     """Standard deviation of the initial state that the samplers draw; given latents are taken as they are."""
     memory_gain: torch.Tensor | None = field(init=False, repr=False, default=None)
     """float32 [S]: the same as a gain of the output, which ``y[k] + memory_gain[k] (m[k] - m[k-1])`` replaces, or None."""
+    relative_log_variance: torch.Tensor | None = field(init=False, repr=False, default=None)
+    """float32 [S, 2]: ``log_variance_range`` less the log of each step's own variance, or None."""
     exact_step: torch.Tensor = field(init=False, repr=False)
     """int64 [S]: the first step >= k that is never drafted, because its std is 0 or it is the last."""
     signal: torch.Tensor = field(init=False, repr=False)
@@ -105,8 +107,7 @@ class ReverseProcess:
                     "(epsilon prediction at zero terminal SNR, for one; use v_prediction there)"
                 )
             object.__setattr__(self, name, column.detach().to(torch.float32))
-        if self.log_variance_range is not None:
-            self._check_log_variance_range(self.log_variance_range)
+        self._check_log_variance_range()
         self._check_memory()
         if not 0 < self.initial_std < float("inf"):
             raise ValueError(f"initial_std is {self.initial_std}; allowed is a positive number")
@@ -123,12 +124,18 @@ class ReverseProcess:
         object.__setattr__(self, "signal", signal)
         object.__setattr__(self, "noise_ratio", noise_ratio)
 
-    def _check_log_variance_range(self, logs: torch.Tensor) -> None:
+    def _check_log_variance_range(self) -> None:
+        logs = self.log_variance_range
+        if logs is None:
+            return
         if logs.shape != (self.num_steps, 2):
             raise ValueError(f"log_variance_range has shape {tuple(logs.shape)}; allowed is ({self.num_steps}, 2)")
         if not torch.isfinite(logs).all():
             raise ValueError("log_variance_range holds NaN or infinity; allowed are finite numbers")
-        object.__setattr__(self, "log_variance_range", logs.detach().to(torch.float32))
+        logs = logs.detach().to(torch.float32)
+        own = self.std.clamp(min=torch.finfo(torch.float32).tiny).log()  # finite at a step without noise
+        object.__setattr__(self, "log_variance_range", logs)
+        object.__setattr__(self, "relative_log_variance", logs - 2 * own[:, None])
 
     def _check_memory(self) -> None:
         memory = self.memory

@@ -17,4 +17,4 @@ def learned_log_variance(share: torch.Tensor, process: ReverseProcess, step: tor
     """
     assert process.log_variance_range is not None
     low, high = process.log_variance_range[step].unbind(-1)
-    return share * high + (1 - share) * low
+    return torch.lerp(low, high, share)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from free.drafters import Situation
-from free.processes import ReverseProcess, learned_log_variance
+from free.processes import ReverseProcess
 from free.targets import Target, TargetOutput
 from free_kernels import Proposal, Span, Verification, acceptance, relaxed_cost, relaxed_tau
 from free_kernels.relaxation.reference import divergence, excess_acceptance, relaxed_acceptance
@@ -178,9 +178,11 @@ class Relaxation:
         if callable(self.uncertainty):
             return _checked(self.uncertainty(drafted), drafted.testable)
         if self.uncertainty == "learned":
+            ends = drafted.process.relative_log_variance
             assert drafted.variance_share is not None
-            log_variance = learned_log_variance(drafted.variance_share, drafted.process, drafted.step)
-            return torch.sigmoid(log_variance - 2 * drafted.process.std[drafted.step].log())
+            assert ends is not None
+            low, high = ends[drafted.step].unbind(-1)  # [B, W-1] each
+            return torch.lerp(low, high, drafted.variance_share).sigmoid()
         return drafted.rejection[:, None].expand(drafted.step.shape)
 
 

@@ -101,8 +101,10 @@ def launches(
         (14, {"name": "gains", "window": 1}),
         (20, {"name": "hold-x0", "relaxation": Relaxation(1.0, "residual")}),
         (22, {"name": "hold-x0", "relaxation": Relaxation(1.0, "residual", budget=0.1)}),
-        (28, {"name": "hold-x0", "relaxation": Relaxation(1.0, "learned")}),
-        (30, {"name": "hold-x0", "relaxation": Relaxation(1.0, "learned", budget=0.1)}),
+        (21, {"name": "hold-x0", "relaxation": Relaxation(1.0, "learned")}),
+        (23, {"name": "hold-x0", "relaxation": Relaxation(1.0, "learned", budget=0.1)}),
+        (27, {"name": "gains", "relaxation": Relaxation(1.0, "residual", budget=0.1)}),
+        (28, {"name": "gains", "relaxation": Relaxation(1.0, "learned", budget=0.1)}),
     ],
 )
 def test_a_round_launches_no_more_than_this_outside_the_networks(most: int, given: dict[str, Any]) -> None:
