@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 import free
@@ -50,8 +52,8 @@ class Case:
     """Of one sample, as the sampler and the drafter see it; the checks see it flattened."""
     table: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of :meth:`free.ReverseProcess.ddpm`."""
-    second_order: bool = False
-    """DPM-Solver++ 2M's SDE over the same timesteps, instead of DDPM."""
+    sampler: str = "ddpm"
+    """Or, over the same timesteps, ``"2M SDE"`` (DPM-Solver++ of second order) or ``"EDM"`` (churn, but at the last steps)."""
     calls: int = 1
     """Calls of the sampler that the samples are spread over."""
     centers: int = 0
@@ -77,10 +79,17 @@ def centers(case: Case) -> torch.Tensor | None:
 
 
 def make_process(case: Case) -> free.ReverseProcess:
-    if case.second_order:
+    if case.sampler != "ddpm":
         timestep = free.ReverseProcess.ddpm(case.steps).timestep
         signal = torch.cat((signal_level(timestep), torch.ones(1)))
-        return free.ReverseProcess.from_levels(signal.sqrt(), (1 - signal).sqrt(), timestep, order=2, initial_std=1.0)
+        if case.sampler == "2M SDE":
+            return free.ReverseProcess.from_levels(signal.sqrt(), (1 - signal).sqrt(), timestep, order=2, initial_std=1.0)
+        raised = (1 / signal - 1).sqrt()  # the levels of the states that the network sees
+        gamma = torch.where(torch.arange(case.steps) < case.steps - 3, 0.6, 0.0)
+        sigma = torch.cat((raised[:-1] / (1 + gamma), raised[-1:]))
+        with pytest.warns(UserWarning, match="3 of .* steps have no noise"):
+            process = free.ReverseProcess.edm(sigma, gamma=gamma, time=lambda _: timestep)
+        return dataclasses.replace(process, initial_std=1.0)
     clipping = {} if case.clip is None else {"clip_sample": True, "clip_sample_range": case.clip}
     return free.ReverseProcess.ddpm(case.steps, **clipping, **case.table)
 
@@ -176,7 +185,7 @@ CASES: dict[str, Case] = {
     "gaussian, fresh gains, W=4": Case("gaussian", "fresh gains", 4, seed=43),
     "mixture, gains, W=8, clipped": Case("mixture", "gains", 8, clip=0.8, seed=44),
     "ill-conditioned, gains, W=8": Case("ill-conditioned", "gains", 8, steps=20, samples=6000, seed=45),
-    "gaussian, second order, gains, W=4": Case("gaussian", "gains", 4, seed=47, second_order=True),
+    "gaussian, second order, gains, W=4": Case("gaussian", "gains", 4, seed=47, sampler="2M SDE"),
     "gaussian, blending, W=4": Case("gaussian", "blending", 4, seed=14, shape=(1, 2, 3)),
     "gaussian, blending, W=8, guided": Case("gaussian", "blending", 8, guidance_scale=2.0, seed=15),
     "mixture, blending, W=8, clipped": Case("mixture", "blending", 8, clip=0.8, seed=16, shape=(1, 3, 2)),
@@ -214,13 +223,15 @@ CASES: dict[str, Case] = {
     "gaussian, leaning on the feature, W=4": Case(
         "gaussian", "leaning on the feature", 4, seed=42, shape=FeaturedTarget.sample_shape
     ),
-    "gaussian, second order, hold-x0, W=4": Case("gaussian", "hold-x0", 4, 20_000, seed=23, second_order=True),
-    "gaussian, second order, hold-x0, W=16": Case("gaussian", "hold-x0", 16, 20_000, 20, seed=24, second_order=True),
-    "gaussian, second order, shifted, W=4": Case("gaussian", "shifted", 4, seed=25, second_order=True),
+    "gaussian, second order, hold-x0, W=4": Case("gaussian", "hold-x0", 4, 20_000, seed=23, sampler="2M SDE"),
+    "gaussian, second order, hold-x0, W=16": Case("gaussian", "hold-x0", 16, 20_000, 20, seed=24, sampler="2M SDE"),
+    "gaussian, second order, shifted, W=4": Case("gaussian", "shifted", 4, seed=25, sampler="2M SDE"),
     "gaussian, second order, hold-output, W=4, guided": Case(
-        "gaussian", "hold-output", 4, guidance_scale=2.0, seed=26, second_order=True
+        "gaussian", "hold-output", 4, guidance_scale=2.0, seed=26, sampler="2M SDE"
     ),
-    "mixture, second order, blending, W=8": Case("mixture", "blending", 8, 6000, 15, seed=27, second_order=True),
+    "mixture, second order, blending, W=8": Case("mixture", "blending", 8, 6000, 15, seed=27, sampler="2M SDE"),
+    "gaussian, EDM, hold-x0, W=4": Case("gaussian", "hold-x0", 4, steps=14, seed=48, sampler="EDM"),
+    "gaussian, EDM, gains, W=8, guided": Case("gaussian", "gains", 8, steps=14, guidance_scale=2.0, seed=49, sampler="EDM"),
     "mixture, second order, one sweep, W=8": Case(
         "mixture",
         "feature, untrained, one sweep",
@@ -228,7 +239,7 @@ CASES: dict[str, Case] = {
         3000,
         15,
         seed=28,
-        second_order=True,
+        sampler="2M SDE",
         shape=FeaturedTarget.sample_shape,
     ),
 }
