@@ -53,7 +53,7 @@ class Case:
     table: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of :meth:`free.ReverseProcess.ddpm`."""
     sampler: str = "ddpm"
-    """Or, over the same timesteps, ``"2M SDE"`` (DPM-Solver++ of second order) or ``"EDM"`` (churned, the last steps not)."""
+    """Or, over the same timesteps, ``"2M SDE"`` (DPM-Solver++ of second order) or ``"EDM"`` (churned but at the end)."""
     calls: int = 1
     """Calls of the sampler that the samples are spread over."""
     centers: int = 0
