@@ -68,12 +68,14 @@ def measure(
     excess = np.concatenate([stats.excess_acceptance for stats in runs])
     divergence = np.concatenate([stats.divergence for stats in runs])
     saved = np.concatenate([stats.saved_rejections for stats in runs])
+    # what is not independent within a run is not, and runs have keys of their own
+    block = np.concatenate([first + stats.block for first, stats in zip(range(0, samples, batch_size), runs, strict=True)])
     bound, bound_error = total_variation(excess, divergence)
     return {
         **({} if judge is None else asdict(judge(torch.cat(drawn)))),
         "total_variation_bound": bound,
         "total_variation_error": bound_error if samples > 1 else None,
-        "total_variation_limit": total_variation_limit(excess, divergence, saved, runs[0].budget),
+        "total_variation_limit": total_variation_limit(excess, divergence, saved, runs[0].budget, block),
         "excess_acceptance": float(excess.mean()),
         "saved_rejections": float(saved.mean()),
         "parallel_efficiency": float(efficiency.mean()),

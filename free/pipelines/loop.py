@@ -23,7 +23,7 @@ from free.pipelines.target import PipelineTarget
 from free.processes import ReverseProcess
 from free.sampling.loop import Run, Turn
 from free.sampling.relaxation import Relaxation
-from free.sampling.request import Request
+from free.sampling.request import Request, keys_of_loop
 from free.sampling.window import Proposed, Setup, propose, settle
 from free.targets import TargetOutput
 from free.windows import Schedule, seconds_now
@@ -56,6 +56,10 @@ class Plan:
     """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
     watch: Watch | None = None
     """Told of every round."""
+    number: int = 0
+    """Loops that the call has had before: each draws from keys of its own."""
+    spent: torch.Tensor | None = None
+    """float64 [B, 3], of :class:`free_kernels.RelaxedCost`: what relaxation has cost the samples in those."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Loop:
             )
         rows = len(sample) // self.plan.copies
         if self.run is None:
+            self._check_copies(sample, rows)
             if self.plan.repeated is not None:
                 self.plan.repeated.check_output(output)
             self._start(sample[: rows : self._width], arguments)
@@ -199,7 +204,7 @@ class Loop:
         state = sample.detach().float().flatten(1)
         if plan.seed is not None and len(plan.seed) != len(sample):
             raise ValueError(f"seed speaks of {len(plan.seed)} samples; the pipeline draws {len(sample)}")
-        keys = plan.seed if plan.seed is not None else keys_of(state)
+        keys = keys_of_loop(plan.seed if plan.seed is not None else keys_of(state), plan.number)
         target = PipelineTarget(plan.networks, shape)
         plan.drafter.check(target)
         seed = torch.tensor(keys, dtype=torch.int64, device=sample.device)
@@ -214,10 +219,26 @@ class Loop:
         setup = Setup.of(request, plan.drafter, schedule.widest, plan.impl, schedule.reach(process), plan.relaxation)
         self.run = Run(setup)
         self.run.begin(schedule)
+        if (ledger := self.run.live.ledger) is not None and plan.spent is not None:
+            if plan.spent.shape != ledger.spent.shape:
+                raise UnsupportedPipelineError(
+                    f"the pipeline's loops have {len(plan.spent)} and {len(sample)} samples: what relaxation costs a sample "
+                    "in all of them cannot be said"
+                )
+            ledger.spent = plan.spent
         self._barriers = self._find_barriers(process)
         with request.running():
             self._proposed = propose(self.run.live, setup, self._window)
         self._batch = len(sample)
+
+    def _check_copies(self, sample: torch.Tensor, rows: int) -> None:
+        """Raise an error unless the pipeline's latents hold each sample as often as they should."""
+        copies = self.plan.copies
+        if len(sample) % copies or any(not torch.equal(sample[:rows], part) for part in sample.split(rows)):
+            raise UnsupportedPipelineError(
+                f"the pipeline's latents should hold each sample {copies} times, as DiTPipeline's do under guidance, but do "
+                "not, and it cannot be speculated"
+            )
 
     def _time(self) -> None:
         """Tell the schedule what a round took from ``step`` to ``step``, all that the pipeline does in it included; not the

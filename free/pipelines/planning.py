@@ -10,7 +10,7 @@ from free.drafters import Drafter
 from free.sampling.planning import experience_for
 from free.sampling.relaxation import Relaxation
 from free.sampling.request import Request
-from free.windows import ExploringWindow, FixedWindow, Schedule, TimedExperience
+from free.windows import ChosenWindow, ExploringWindow, Schedule, TimedExperience
 
 _UNTIMED = 8
 """The window of rows that share a key, while nothing was timed."""
@@ -31,5 +31,6 @@ def exploring_window(request: Request, drafter: Drafter, relaxation: Relaxation 
     keys = request.keys
     if len(set(keys)) == len(keys):
         return schedule
-    steps = request.process.num_steps
-    return schedule.fixed(request.batch) if experience.latest else FixedWindow(min(_UNTIMED, steps), schedule.name)
+    if experience.latest:
+        return schedule.fixed(request.batch)
+    return ChosenWindow(min(_UNTIMED, request.process.num_steps), schedule)

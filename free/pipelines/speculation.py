@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from free.pipelines.rows import change_tensors, plain
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
 from free.processes import ReverseProcess
+from free.sampling.loop import Run
 from free.sampling.relaxation import Relaxation
 from free.sampling.sharing import exclusively
 from free.sampling.statistics import SamplingStatistics
@@ -31,6 +33,19 @@ from free.windows import Schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class _Past:
+    """Of the loops that the call under way has had before: a later one has seen what they made."""
+
+    loops: int = 0
+    keys: frozenset[int] = frozenset()
+    spent: torch.Tensor | None = None
+    """float64 [B, 3]: what relaxation has cost the samples so far."""
+
+    def after(self, run: Run) -> _Past:
+        return _Past(self.loops + 1, self.keys.union(run.setup.request.keys), run.account.spent)
 
 
 class Speculation:
@@ -56,7 +71,7 @@ class Speculation:
         self.schedule, self.drafter, self.relaxation = schedule, drafter, relaxation
         self.seed, self.options, self.impl = seed, options, impl
         self.history: list[SamplingStatistics] = []
-        """The statistics of each loop that was finished, the last one last."""
+        """The statistics of each loop that was finished, the last one last. Relaxation's cost is that of its call so far."""
         self.process: ReverseProcess | None = None
         """What the last loop sampled."""
         self.watch: Watch | None = None
@@ -65,6 +80,7 @@ class Speculation:
         """The driven one, during a call."""
         self._own_scheduler: Any = None
         self._loop: Loop | None = None
+        self._past = _Past()
         self._networks: list[Network] = []
         self._arguments: dict[str, Any] = {}
         self._sampler = ""
@@ -74,7 +90,7 @@ class Speculation:
 
     @property
     def stats(self) -> SamplingStatistics:
-        """What the last call cost.
+        """What the last loop of the last call cost; most pipelines have one.
 
         Raises:
             RuntimeError: no call was finished yet.
@@ -167,6 +183,8 @@ class Speculation:
             repeated=self._repeated,
             barrier=self._barrier(),
             watch=self.watch,
+            number=self._past.loops,
+            spent=self._past.spent,
         )
         loop = self._loop = Loop(plan, timesteps, first)
         begin = time.perf_counter()
@@ -177,9 +195,11 @@ class Speculation:
                 stats.total_seconds = time.perf_counter() - begin
                 stats.seconds["target"] = stats.total_seconds - stats.seconds["draft"] - stats.seconds["verification"]
                 stats.sampler = self._sampler
-                stats.keys = loop.run.schedule.keys.union(loop.run.setup.request.keys)
+                stats.keys = loop.run.schedule.keys.union(loop.run.setup.request.keys, self._past.keys)
                 self.history.append(stats)
         finally:
+            if loop.run is not None:
+                self._past = self._past.after(loop.run)
             self._loop = None
 
     def _setting(self) -> Hashable:
@@ -209,8 +229,7 @@ class Speculation:
 
         if not isinstance(self.pipe, DiTPipeline):
             return 1
-        default = inspect.signature(DiTPipeline.__call__).parameters["guidance_scale"].default
-        return 2 if self._arguments.get("guidance_scale", default) > 1 else 1
+        return 2 if self._arguments.get("guidance_scale", 1.0) > 1 else 1
 
     def _barrier(self) -> Callable[[torch.Tensor], bool] | None:
         """Where a pipeline of two networks changes from one to the other, by the timestep."""
@@ -221,7 +240,7 @@ class Speculation:
         return lambda timestep: bool(timestep >= boundary)
 
     def _end_call(self) -> None:
-        self._arguments, self._loop, self._networks = {}, None, []
+        self._arguments, self._loop, self._networks, self._past = {}, None, [], _Past()
         self._own_scheduler = self.scheduler = None
 
     @property

@@ -269,7 +269,7 @@ class Sampler:
                 for _ in run.turns(made.schedule, int(setup.static_shapes), guess):
                     pass
                 self.stats = run.finish()
-            self.stats.keys = made.schedule.keys.union(request.keys)
+            self.stats.keys = made.schedule.keys.union(request.keys, self._seen)  # as its guess has
             self.stats.total_seconds = time.perf_counter() - begin
             samples = run.state.unflatten(1, request.sample_shape)
         if isinstance(request.target, KnownEntries):

@@ -16,7 +16,11 @@ _MOST_NATS = 1.0
 
 
 def total_variation_limit(
-    excess_acceptance: np.ndarray, divergence: np.ndarray, saved_rejections: np.ndarray, budget: float
+    excess_acceptance: np.ndarray,
+    divergence: np.ndarray,
+    saved_rejections: np.ndarray,
+    budget: float,
+    block: np.ndarray | None = None,
 ) -> float:
     """Upper confidence limit of the total variation between the relaxed and the exact law of a trajectory.
 
@@ -26,22 +30,23 @@ def total_variation_limit(
     budget.
 
     Args:
-        excess_acceptance, divergence, saved_rejections: [N], as in :class:`free.SamplingStatistics`; of independent samples.
+        excess_acceptance, divergence, saved_rejections: [N], as in :class:`free.SamplingStatistics`.
         budget: the most excess acceptance of a sample, as there; 0 is exact.
+        block: int64 [N], as there: samples of different blocks are independent. None is a block a sample.
     """
     if budget == 0:
         return 0.0
     if budget <= 1:
-        spent = mean_limit(np.minimum(excess_acceptance, budget) / budget, _RISK_OF_COUNT) * budget
+        spent = mean_limit(np.minimum(excess_acceptance, budget) / budget, _RISK_OF_COUNT, block) * budget
     else:
-        spent = mean_limit(saved_rejections > 0, _RISK_OF_COUNT)
-    beyond = mean_limit(divergence > _MOST_NATS, _RISK_OF_DIVERGENCE / 2)
-    nats = mean_limit(np.minimum(divergence, _MOST_NATS) / _MOST_NATS, _RISK_OF_DIVERGENCE / 2) * _MOST_NATS
+        spent = mean_limit(saved_rejections > 0, _RISK_OF_COUNT, block)
+    beyond = mean_limit(divergence > _MOST_NATS, _RISK_OF_DIVERGENCE / 2, block)
+    nats = mean_limit(np.minimum(divergence, _MOST_NATS) / _MOST_NATS, _RISK_OF_DIVERGENCE / 2, block) * _MOST_NATS
     return min(1.0, spent, beyond + min((nats / 2) ** 0.5, (-math.expm1(-nats)) ** 0.5))
 
 
-def mean_limit(values: np.ndarray, risk: float) -> float:
-    """Upper confidence limit of the expectation of independent values in [0, 1], of any law; missed with at most ``risk``.
+def mean_limit(values: np.ndarray, risk: float, block: np.ndarray | None = None) -> float:
+    """Upper confidence limit of the expectation of values in [0, 1], of any law; missed with at most ``risk``.
 
     Hoeffding (1963, theorem 1): a mean over N values falls to m or below with probability at most ``exp(-N kl(m, mu))``, kl
     the divergence between coins. The limit is the mu at which that is ``risk``: ``1 - risk^(1/N)`` where all values are 0.
@@ -49,7 +54,13 @@ def mean_limit(values: np.ndarray, risk: float) -> float:
     Args:
         values: [N], N at least 1.
         risk: in (0, 1).
+        block: int [N]: values of different blocks are independent, those of one may depend on each other in any way. A block
+            counts as one value, the sum of its own in units of the largest block's size. None is a block a value.
     """
+    if block is not None:
+        _, block, sizes = np.unique(block, return_inverse=True, return_counts=True)
+        sums = np.bincount(block, np.asarray(values, dtype=float)) / sizes.max()
+        return float(min(1.0, mean_limit(sums, risk) * len(sizes) * sizes.max() / len(values)))
     mean, allowed = float(np.mean(values)), -math.log(risk) / len(values)
     low, high = mean, 1.0
     while (middle := (low + high) / 2) not in (low, high):

@@ -25,7 +25,8 @@ class NonFiniteOutputError(FloatingPointError, ValueError):
         self.samples = samples
         """float32 [B, *sample shape]: the states as they were, samples where :attr:`finished`; None outside a sampler."""
         self.finished = finished
-        """bool [B], on the CPU: which samples are whole."""
+        """bool [B], on the CPU: which samples are whole. They are those that took few rounds, and so none that one may keep
+        alone: draw the others under their own seeds, or the law is that of quick samples."""
 
 
 @dataclass
@@ -131,8 +132,15 @@ class Run:
     def finish(self) -> SamplingStatistics:
         """What it cost; waits for the device."""
         self.account.report_to(self.stats)
+        self.stats.block = self._blocks()
         self.stats.seconds = self.watch.finish()
         return self.stats
+
+    def _blocks(self) -> np.ndarray:
+        """int64 [B], below B: samples that may depend on each other have the same number."""
+        if self.schedule.adaptive:
+            return np.zeros(self.setup.request.batch, np.int64)
+        return np.unique(self.setup.request.keys, return_inverse=True)[1].astype(np.int64)
 
 
 def check_finite(known: Known, drafter: str, process: ReverseProcess, samples: torch.Tensor) -> None:

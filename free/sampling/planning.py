@@ -14,7 +14,7 @@ from free.processes import ReverseProcess
 from free.sampling.account import Account
 from free.sampling.capture import Graphs, drafter_key, wants_capture
 from free.sampling.loop import Run
-from free.sampling.memory import remember
+from free.sampling.memory import memory_of, remember
 from free.sampling.relaxation import Relaxation
 from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
@@ -158,6 +158,8 @@ def experience_for(
     steps, process = request.process.num_steps, request.process.fingerprint()
     key = (kind, drafter_key(drafter), request.guidance_scale, process, relaxation, setting)
     experience = remember(request.target, key, lambda: kind.none(steps))
+    if experience.is_full(request.keys):
+        experience = memory_of(request.target)[key] = kind.none(steps)
     return experience if experience.admit(request.keys) else kind.none(steps)
 
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 Callback = Callable[[Any, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], Any]
 
 DEFAULT_STEPS = 250
-# two words, where a sample's derived key has one: no batch is so large that its keys could be these
+# two words or more, where a sample's derived key has one: no batch is so large that its keys could be these
 _PILOTS = (0x70696C6F, 1)
+_LATER_LOOPS = (0x6C6F6F70, 1)
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,10 +66,7 @@ class Request:
         No choice may have seen a noise of the key that it is made for. Each row has another key, also where two rows of
         the request share one.
         """
-        keys = [
-            int(np.random.SeedSequence((key % 2**64, row), spawn_key=_PILOTS).generate_state(1, np.uint64)[0])
-            for row, key in enumerate(self.keys)
-        ]
+        keys = [_derived((key % 2**64, row), _PILOTS) for row, key in enumerate(self.keys)]
         return replace(self, seed=torch.tensor(_signed(keys), dtype=torch.int64, device=self.seed.device))
 
     @contextmanager
@@ -295,10 +293,20 @@ def sample_keys(seed: int, samples: Iterable[int]) -> list[int]:
     The first key is the seed itself, so that ``seed=7`` and ``seed=[7]`` agree; the others are shared with no other seed.
     """
 
-    def key(i: int) -> int:
-        return seed if i == 0 else int(np.random.SeedSequence(seed % 2**64, spawn_key=(i,)).generate_state(1, np.uint64)[0])
+    return _signed([seed if i == 0 else _derived(seed % 2**64, (i,)) for i in samples])
 
-    return _signed([key(i) for i in samples])
+
+def keys_of_loop(keys: Sequence[int], loop: int) -> list[int]:
+    """The keys that samples of these have in the ``loop``-th chain (0 is the first) of a call that runs several.
+
+    A later chain may depend on what an earlier one made, so that the noise of that one is not new to it.
+    """
+    return list(keys) if loop == 0 else _signed([_derived(key % 2**64, (*_LATER_LOOPS, loop)) for key in keys])
+
+
+def _derived(entropy: int | tuple[int, ...], words: tuple[int, ...]) -> int:
+    """64 bits that no other words make of any entropy, nor these of another."""
+    return int(np.random.SeedSequence(entropy, spawn_key=words).generate_state(1, np.uint64)[0])
 
 
 def _signed(keys: Sequence[int]) -> list[int]:

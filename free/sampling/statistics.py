@@ -132,6 +132,9 @@ class SamplingStatistics:
     """float64 [B]: sum over each sample's tests of a bound on the Kullback-Leibler divergence from the exact step, nats."""
     saved_rejections: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [B]: each sample's tests that accepted what an exact one of the same noise and uniform would have rejected."""
+    block: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [B]: samples of different blocks are independent. Those that share a key share a block, and so do all whose
+    windows were chosen by how the others fared (``window="auto"``)."""
     budget: float = 0.0
     """The most excess acceptance of a sample: 0 without relaxation, infinity with one that has no budget."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -154,6 +157,8 @@ class SamplingStatistics:
             self.excess_acceptance = np.zeros(len(self.rounds))
             self.divergence = np.zeros(len(self.rounds))
             self.saved_rejections = np.zeros(len(self.rounds), np.int64)
+        if not len(self.block):
+            self.block = np.arange(len(self.rounds))
 
     @property
     def parallel_efficiency(self) -> float:
@@ -192,9 +197,11 @@ class SamplingStatistics:
     @property
     def total_variation_limit(self) -> float:
         """What that total variation is at most with 95 % confidence, however few the samples, and where none spent anything;
-        exactly 0 without relaxation. See :func:`free.sampling.confidence.total_variation_limit`.
+        exactly 0 without relaxation. Samples that are not independent count as one (:attr:`block`): with ``window="auto"``
+        all of a call do, and little is certified. See :func:`free.sampling.confidence.total_variation_limit`.
         """
-        return total_variation_limit(self.excess_acceptance, self.divergence, self.saved_rejections, self.budget)
+        spent = self.excess_acceptance, self.divergence, self.saved_rejections
+        return total_variation_limit(*spent, self.budget, self.block)
 
     def count_round(self, window: int, states: int, limit: int | None) -> None:
         """A round of ``window`` states a sample, ``states`` in all, at most ``limit`` a forward."""

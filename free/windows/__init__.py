@@ -1,6 +1,6 @@
 """How wide a window each round takes: given, planned, or chosen on the way."""
 
-from free.windows.automatic import AutoWindow, Experience, expected_advance
+from free.windows.automatic import AutoWindow, ChosenWindow, Experience, expected_advance
 from free.windows.exploring import ExploringWindow, TimedExperience
 from free.windows.load import LoadWindow, check_load
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan, check_window, schedule_of
@@ -9,6 +9,7 @@ from free.windows.timing import Measurements, RoundSeconds, by_window, seconds_n
 __all__ = [
     "WINDOWS",
     "AutoWindow",
+    "ChosenWindow",
     "Experience",
     "ExploringWindow",
     "FixedWindow",

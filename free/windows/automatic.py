@@ -53,22 +53,17 @@ class Experience:
         return cls(np.zeros(num_steps), np.zeros(num_steps))
 
     def admit(self, keys: Collection[int]) -> bool:
-        """Whether this may choose for samples of ``keys`` and see them from now on: if it has seen none of them.
-
-        So that its memory has a bound, it begins anew once it has seen :data:`MOST_KEYS`.
-        """
+        """Whether this may choose for samples of ``keys`` and see them from now on: if it has seen none of them."""
         if not self.keys.isdisjoint(keys):
             return False
-        if len(self.keys) + len(keys) > MOST_KEYS:
-            self.forget()
         self.keys.update(keys)
         return True
 
-    def forget(self) -> None:
-        """Begin anew, in place."""
-        for sums in (self.settled, self.predicted, self.keys):
-            sums.clear()
-        self.tested[:], self.accepted[:] = 0, 0
+    def is_full(self, keys: Collection[int]) -> bool:
+        """Whether it would remember more than :data:`MOST_KEYS` with ``keys``: then another one begins in its place. It is
+        not emptied, as a run that is under way may still tell it of samples.
+        """
+        return len(self.keys) + len(keys) > MOST_KEYS
 
     def acceptance(self, drafted: np.ndarray) -> np.ndarray:
         """float64 [S]: of a draft at each step, averaged over its neighbours; 0 where ``drafted`` (bool [S]) is not."""
@@ -124,6 +119,7 @@ class AutoWindow(Schedule):
     """
 
     name = "auto"
+    adaptive = True
 
     def __init__(
         self,
@@ -179,12 +175,12 @@ class AutoWindow(Schedule):
         self.experience.tested += after.tested - before.tested
         self.experience.accepted += after.accepted - before.accepted
 
-    def fixed(self, batch: int) -> FixedWindow:
+    def fixed(self, batch: int) -> ChosenWindow:
         """The one window that it would take for all steps, whatever becomes of the samples."""
         step = np.arange(len(self._drafted))
         rounds = (1 / np.maximum(self._advance(step), 1.0)).sum(0)  # [M]
         rate = 1 / (rounds * self.seconds.at(batch * self._windows.astype(float)))
-        return FixedWindow(int(self._ranks.first(int(self._windows[_best(rate)]))), self.name)
+        return ChosenWindow(int(self._ranks.first(int(self._windows[_best(rate)]))), self)
 
     def plan(self, batch: int) -> WindowPlan:
         """The windows that it would take now, step by step."""
@@ -198,3 +194,21 @@ class AutoWindow(Schedule):
         by_window = dict(zip(self._windows.tolist(), seconds.tolist(), strict=True))
         windows = np.minimum(self._windows[chosen], len(step) - step)
         return WindowPlan(windows, self.acceptance, by_window, self.keys)
+
+
+class ChosenWindow(FixedWindow):
+    """One window for a whole run, chosen before it by what the chooser has seen; its rounds teach the chooser's next run."""
+
+    def __init__(self, window: int, chooser: AutoWindow) -> None:
+        super().__init__(window, chooser.name)
+        self._chooser = chooser
+
+    @property
+    def keys(self) -> frozenset[int]:  # type: ignore[override]
+        return self._chooser.keys
+
+    def learn(self, window: int, before: Known, after: Known) -> None:
+        self._chooser.learn(window, before, after)
+
+    def time(self, window: int, states: int, seconds: float) -> None:
+        self._chooser.time(window, states, seconds)

@@ -32,11 +32,6 @@ class TimedExperience(Experience):
     latest: dict[int, deque[float]] = field(default_factory=dict)
     """Seconds of the latest, by states."""
 
-    def forget(self) -> None:
-        super().forget()
-        self.rounds.clear()
-        self.latest.clear()
-
     def time(self, window: int, states: int, seconds: float) -> None:
         """A round of ``window`` states a sample, ``states`` in all."""
         self.rounds[window] += 1

@@ -21,6 +21,7 @@ class LoadWindow(Schedule):
     """
 
     name = "by load"
+    adaptive = True
 
     def __init__(self, windows: Mapping[int, int], most: int) -> None:
         self.windows = dict(sorted(windows.items()))

@@ -52,6 +52,8 @@ class Schedule(ABC):
     """As the statistics call it."""
     keys: frozenset[int] = frozenset()
     """Of the samples, settled or not, whose noise the choice has seen: it may choose no window for another one of theirs."""
+    adaptive: bool = False
+    """Whether one sample's windows follow from how others fare: then the samples of a run are not independent."""
 
     @abstractmethod
     def window(self, step: np.ndarray, under_way: Sequence[int], rows: int) -> int:

@@ -363,14 +363,36 @@ def test_rows_of_one_key_get_windows_that_no_row_chooses(monkeypatch: pytest.Mon
     assert len(out.stats.windows) == 1
 
 
-def test_experience_has_a_bound() -> None:
+def test_a_window_for_rows_of_one_key_is_chosen_by_others_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free.sampling.planning, "_measure", lambda setup, graphs: FLAT)
+    model, common = GaussianModel(), {"shape": (3,), "num_inference_steps": STEPS, "window": "auto"}
+    free.speculative_sample(model, seed=1, **common)
+    twins = free.speculative_sample(model, seed=[4, 4], **common).stats
+    assert twins.keys == {1, 4}
+    plan = free.plan_window(model, shape=(3,), num_inference_steps=STEPS, statistics=twins)
+    for seed in (1, 4):
+        with pytest.raises(ValueError, match="it has seen their noise"):
+            free.speculative_sample(model, seed=seed, **(common | {"window": plan}))
+    # and what the twins have shown serves the next run, which knows of them
+    assert free.speculative_sample(model, seed=9, **common).stats.keys == {1, 4, 9}
+
+
+def test_experience_has_a_bound_and_is_not_emptied_under_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     experience = Experience.none(3)
     assert experience.admit(range(MOST_KEYS))
-    experience.tested += 1
     assert not experience.admit([0])
-    assert experience.admit([-1])
-    assert experience.keys == {-1}
-    assert experience.tested.sum() == 0
+    assert experience.is_full([-1])
+    assert not Experience.none(3).is_full([-1])
+
+    monkeypatch.setattr(free.windows.automatic, "MOST_KEYS", 2)
+    model = GaussianModel()
+    requests = [check_request(model, Options(seed=[seed], shape=(3,), num_inference_steps=3)) for seed in range(4)]
+    held = [
+        free.sampling.planning.experience_for(request, free.as_drafter("hold-x0"), None, Experience) for request in requests
+    ]
+    assert held[0] is held[1]
+    assert held[2] is held[3]
+    assert [one.keys for one in held] == [{0, 1}, {0, 1}, {2, 3}, {2, 3}]
 
 
 def test_a_measurement_is_made_again_and_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,15 @@ def test_the_last_sample_moved_on_is_what_the_first_drafts_lean_on(network: Netw
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_of_a_warm_call_know_whom_it_has_heard(network: Network) -> None:
+    policy = make(network, shift=0, conditioning={"observation": OBSERVATION})
+    heard = []
+    for seed in (1, 2, 3, 1):
+        policy({"observation": OBSERVATION}, seed=seed)
+        heard.append(policy.stats.keys)
+    assert heard == [{1}, {1, 2}, {1, 2, 3}, {1}]
+
+
 def test_a_call_that_failed_leaves_no_sample_of_forgotten_seeds(network: Network) -> None:
     policy = make(network, shift=0)
     for seed in (1, 2):

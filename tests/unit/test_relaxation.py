@@ -100,6 +100,32 @@ def test_the_limit_is_of_what_is_known() -> None:
     assert total_variation_limit(np.full(50, 0.2 + 1e-12), np.full(50, 5.0), every[:50], 0.2) == 0.2
 
 
+def test_samples_that_depend_on_each_other_count_as_one() -> None:
+    zero, none = np.zeros(100), np.zeros(100, np.int64)
+    together, pairs = np.zeros(100, np.int64), np.arange(100) // 2
+    assert total_variation_limit(zero, zero, none, math.inf, together) == pytest.approx(0.96)
+    assert total_variation_limit(zero, zero, none, math.inf, pairs) == pytest.approx(1 - 0.04**0.02)
+    model, common = (
+        GaussianModel(),
+        {"shape": (3,), "num_inference_steps": 8, "relaxation": free.Relaxation(9.0, "residual")},
+    )
+    for window, seed, blocks in ((2, [5, 6, 5], [0, 1, 0]), ("auto", [5, 6, 7], [0, 0, 0]), (2, 3, [0])):
+        drawn = free.speculative_sample(model, window=window, seed=seed, **common).stats
+        assert drawn.block.tolist() == blocks
+        assert drawn.total_variation_limit >= 1 - 0.04 ** (1 / len(set(blocks)))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [5] * 40, [30, *[1] * 40], [1]])
+def test_the_limit_of_a_mean_holds_for_blocks_of_any_size(sizes: list[int]) -> None:
+    """Blocks whose values are all the same, the worst that values which depend on each other can do."""
+    generator, risk, mean, runs = np.random.default_rng(0), 0.05, 0.2, 4000
+    block = np.repeat(np.arange(len(sizes)), sizes)
+    draws = (generator.random((runs, len(sizes))) < mean).astype(float)
+    missed = sum(mean_limit(values[block], risk, block) < mean for values in draws)
+    assert missed <= stats.binom.ppf(1 - 1e-6, runs, risk)
+    assert mean_limit(np.ones(len(block)), risk, block) == 1
+
+
 @pytest.mark.parametrize("count", [10, 1000])
 def test_the_limit_of_a_mean_is_where_hoeffdings_bound_is_the_risk(count: int) -> None:
     for mean in (0.0, 0.02, 0.5, 0.9):
