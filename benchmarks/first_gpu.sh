@@ -113,23 +113,23 @@ print("torch", torch.__version__, "triton", triton.__version__, "diffusers", dif
 print(torch.cuda.get_device_name(), torch.cuda.mem_get_info()) if torch.cuda.is_available() else print("no CUDA")
 '
     tests "the kernels' own" 90 tests/kernels/test_gpu.py
-    kernels "kernels, where targets are set" 120 "not compile and ($targets)"
-    kernels "verify, compiled" 90 "$verified and ($targets)"
-    # what compiles runs last in this file, which has a process of its own
-    tests "the samplers" 130 tests/integration/test_gpu.py
+    # several processes: what follows a capture that failed in one of them fails too
+    tests "the samplers" 150 tests/integration/test_gpu.py -n 4
     # its rows go to a folder of its own
     run "dry run of the benchmark" 150 "$python" -m benchmarks.gpu --toy --part end-to-end
-    tests "the kernels against the reference" 150 tests/kernels -m gpu --deselect tests/kernels/test_gpu.py -n 8
     sanitized "memory of the operations" 120 "$python" -m benchmarks.operations
+    kernels "kernels, where targets are set" 120 "not compile and ($targets)"
+    kernels "verify, compiled" 90 "$verified and ($targets)"
+    tests "the kernels against the reference" 150 tests/kernels -m gpu --deselect tests/kernels/test_gpu.py -n 8
     ;;
 xl)
-    measure "XL/2, one sample" 450 --part end-to-end --models DiT-XL/2 --batches 1
-    measure "share of a round" 90 --part share --models DiT-XL/2 --batches 1
+    measure "XL/2, one sample" 420 --part end-to-end --models DiT-XL/2 --batches 1
+    measure "share of a round" 140 --part share --models DiT-XL/2 --batches 1
     ;;
 small)
-    measure "S/2, one sample" 340 --part end-to-end --models DiT-S/2 --batches 1
-    measure "share of a round" 90 --part share --models DiT-S/2 --batches 1
-    measure "T(W)" 260 --part windows --models DiT-XL/2 DiT-S/2 --batches 1
+    measure "S/2, one sample" 230 --part end-to-end --models DiT-S/2 --batches 1
+    measure "T(W)" 110 --part windows --models DiT-XL/2 DiT-S/2 --batches 1
+    measure "share of a round" 110 --part share --models DiT-S/2 --batches 1
     measure "projection" 60 --part projection
     ;;
 memcheck)

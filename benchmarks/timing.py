@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from free.sampling.capture import Recording
+
 REPEATS = 50
 _FLUSH_BYTES = 2**28  # several times the last-level cache of any device at hand
+_AHEAD = 20_000_000  # clock cycles, some 10 ms, in which a host launches what is timed
 _AWAKE = 0.1  # seconds of work until a device that idled is at its clock
 
 
@@ -28,8 +31,12 @@ def median_microseconds(run: Callable[[], Any], device: torch.device, repeats: i
     # read, not written: what is written stays in the cache, and the kernel that is timed would have to evict it
     scratch = torch.zeros(_FLUSH_BYTES // 4 if flush else 0, device=device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    if not flush:
+        # the host is ahead of the device for all of them, lest its own launches be timed
+        torch.cuda._sleep(_AHEAD)
     for begin_event, end_event in events:
-        scratch.sum()
+        if flush:
+            scratch.sum()
         begin_event.record()
         run()
         end_event.record()
@@ -48,17 +55,7 @@ def wake(device: torch.device) -> None:
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same work as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a warm-up on a side stream, as capture asks for
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return Recording(run, torch.cuda.graph_pool_handle())
 
 
 def copy_bandwidth(device: torch.device) -> float:

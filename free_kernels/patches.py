@@ -19,7 +19,7 @@ class Patches(NamedTuple):
     """
 
     mixing: torch.Tensor
-    """float [M, M]."""
+    """float [M, M]; of a lone channel it is one."""
     rows: torch.Tensor
     """float [P, P]; P is at most :data:`MAX_ROWS`."""
     columns: torch.Tensor

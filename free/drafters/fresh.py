@@ -23,7 +23,11 @@ class Fresh(Drafter):
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
         self.name = f"{drafter.name}, fresh noise"
-        self.needs_features, self.capturable = drafter.needs_features, drafter.capturable
+        self.needs_features = drafter.needs_features
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.drafter.capturable
 
     def check(self, target: Target) -> None:
         self.drafter.check(target)

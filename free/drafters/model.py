@@ -22,7 +22,10 @@ class ModelDrafter(StepDrafter):
 
     def __init__(self, model: Any) -> None:
         self.model = as_target(model)
-        self.capturable = self.model.capturable
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.model.capturable
 
     def check(self, target: Target) -> None:
         self.model.check_ready()

@@ -53,9 +53,12 @@ class WindowParallel(Target):
         self.ranks = ranks
         self.sample_shape, self.feature_shape = target.sample_shape, target.feature_shape
         self.of_latents, self.learns_variance = target.of_latents, target.learns_variance
-        self.capturable = target.capturable and ranks.size == 1
         self._apart: torch.Tensor | None = None
         """bool, on the device: whether some process was asked about other states than the rest."""
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.target.capturable and self.ranks.size == 1
 
     @property
     def bytes(self) -> Counter[str]:

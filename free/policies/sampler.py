@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from free.drafters import Drafter, as_drafter
 from free.processes import ReverseProcess
 from free.sampling.capture import Graphs, wants_capture
 from free.sampling.company import check_alike
-from free.sampling.likeness import weights
+from free.sampling.likeness import settings, weights
 from free.sampling.loop import Run
 from free.sampling.planning import plan_window
 from free.sampling.request import DEFAULT_STEPS, Options, Request, check_request, check_samples
@@ -40,8 +40,8 @@ class _Made:
     plan: int | WindowPlan
     schedule: Schedule
     graphs: Graphs | None
-    weights: Any
-    """Where they were when the graphs were made."""
+    recorded: Hashable
+    """Of the network, when the graphs were made."""
 
 
 class Sampler:
@@ -148,12 +148,13 @@ class Sampler:
             NonFiniteOutputError: the network returned NaN or infinity where a step depends on it.
         """
         with self._turn:
-            made = self._made or self._make(conditioning or {})
+            made = self._made or self._make(conditioning or {}, latents)
             labels, rest = _split(conditioning)
             request = self._request(made.setup.request, labels, rest, seed, generator, latents)
-            if made.graphs and made.weights != weights(request.target.module):
+            if made.graphs and made.recorded != _recorded(request.target):
                 raise ValueError(
-                    "network has moved since this sampler was made, which recorded where its weights were; make another"
+                    "network has moved, or was changed (an adapter, a hook, a setting), since this sampler was made, which "
+                    "recorded what it launches; make another"
                 )
             made.schedule.check_keys(request.keys)
             samples = self._draw(made, request, self._guess(request))
@@ -167,11 +168,14 @@ class Sampler:
             self._previous = None
             self._seen.clear()
 
-    def _make(self, conditioning: dict[str, Any]) -> _Made:
-        """Check, plan, and draw once, so that nothing is met for the first time by a call."""
+    def _make(self, conditioning: dict[str, Any], latents: torch.Tensor | None = None) -> _Made:
+        """Check, plan, and draw once, so that nothing is met for the first time by a call.
+
+        Latents of the first call say where a network without parameters computes; nothing else is made of them.
+        """
         labels, rest = _split(conditioning)
-        asked = replace(self._options, class_labels=labels, conditioning=rest)
-        request = check_request(self._target, asked)
+        asked = replace(self._options, class_labels=labels, conditioning=rest, latents=latents)
+        request = replace(check_request(self._target, asked), latents=None)
         if self.shift is not None:
             whole = self._target.whole_shape if isinstance(self._target, KnownEntries) else request.sample_shape
             check_count("shift", self.shift, whole[0] - 1, least=0, why="fewer than a sample has rows")
@@ -190,6 +194,7 @@ class Sampler:
                 shape=request.sample_shape,
                 process=request.process,
                 guidance_scale=request.guidance_scale,
+                latents=None if latents is None else request.pilot().initial_state().unflatten(1, request.sample_shape),
                 **options,
             )
         schedule = schedule_of(plan)
@@ -197,7 +202,7 @@ class Sampler:
         setup = Setup.of(request, drafter, schedule.widest, asked.impl, schedule.reach(request.process))
         with request.running(drafter, features=drafter.needs_features):
             graphs = Graphs.of(setup) if captured and schedule.widest > 1 else None
-        made = _Made(setup, plan, schedule, graphs, weights(request.target.module) if graphs else ())
+        made = _Made(setup, plan, schedule, graphs, _recorded(request.target) if graphs else ())
         self._draw(made, request.pilot(), None)
         self._made = made
         return made
@@ -275,6 +280,11 @@ class Sampler:
         if isinstance(request.target, KnownEntries):
             samples = request.target.whole(samples, request.conditioning[KNOWN])
         return samples
+
+
+def _recorded(target: Target) -> Hashable:
+    """What graphs of a target hold, and do not see change."""
+    return weights(target.module), settings(target.module)
 
 
 def _split(conditioning: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:

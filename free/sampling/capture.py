@@ -25,7 +25,7 @@ from free.checks import without_gradients
 from free.drafters import Drafter
 from free.sampling.account import Account
 from free.sampling.ancestral import Chain, step_on
-from free.sampling.likeness import alike, tensors_of, weights, who_is
+from free.sampling.likeness import alike, settings, tensors_of, weights, who_is
 from free.sampling.memory import memory_of
 from free.sampling.relaxation import Relaxation
 from free.sampling.request import Request
@@ -90,6 +90,7 @@ class Recording(Generic[T]):
                 function()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream()
         # what other threads do meanwhile is none of the recording's business
         recorded = torch.cuda.graph(
             self._graph,
@@ -97,7 +98,8 @@ class Recording(Generic[T]):
             stream=_capture_stream(torch.cuda.current_device()),
             capture_error_mode="thread_local",
         )
-        with _ONE_AT_A_TIME, _nothing_collected(), recorded:
+        # the outer context leaves this stream the current one, also where torch's own fails at its end
+        with _ONE_AT_A_TIME, _nothing_collected(), torch.cuda.stream(before), recorded:
             self._result = function()
 
     def __call__(self) -> T:
@@ -327,7 +329,7 @@ def _read_by_graphs(request: Request, *others: Any) -> dict[Hashable, torch.Tens
 
 
 def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
-    """All of a request that a graph cannot be told anew, but for the model's weights."""
+    """All of a request that a graph cannot be told anew, but for where the model's weights are."""
     conditioning = tuple(
         (name, value.shape[1:], value.dtype) if has_rows(value) else (name, alike(value))
         for name, value in request.conditioning.items()
@@ -341,6 +343,7 @@ def baked(request: Request, impl: str) -> tuple[Hashable, ...]:
         request.process.fingerprint(),
         conditioning,
         who_is(request.target),
+        settings(request.target.module),
         impl,
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -9,6 +10,7 @@ from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdRef
 
@@ -38,12 +40,15 @@ def _alike(value: Any, above: tuple[int, ...]) -> Hashable:
         return "one of those above"
     above = (*above, id(value))
     if isinstance(value, torch.Tensor):
-        return place(value)
+        return place(value), _content(value)
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
     if isinstance(value, torch.nn.Module):
-        settings = _attributes(value, above) if isinstance(value, Drafter) else ()
-        return _identity(value), weights(value), settings
+        if isinstance(value, Drafter):
+            return _identity(value), weights(value), _attributes(value, above), *map(settings, value.children())
+        return _identity(value), weights(value), settings(value)
     if isinstance(value, Target):
-        return who_is(value, above), weights(value.module)
+        return who_is(value, above), weights(value.module), settings(value.module)
     if isinstance(value, Drafter):
         who = _identity(type(value)) if all(map(_is_part, vars(value).values())) else _identity(value)
         return who, value.name, _attributes(value, above)
@@ -103,6 +108,67 @@ def place(tensor: torch.Tensor) -> Hashable:
 def weights(module: torch.nn.Module | None) -> tuple[Hashable, ...]:
     """Where a module's parameters and buffers are, in their order: a graph reads them there."""
     return () if module is None else tuple(map(place, chain(module.parameters(), module.buffers())))
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    """What a tensor on the host holds, as a graph reads a copy on the device that was made before; of others nothing."""
+    if tensor.device.type != "cpu" or type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+        return b""
+    return hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+
+
+_OF_TORCH = frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+def settings(module: torch.nn.Module | None) -> Hashable:
+    """What a module's forward may follow beside weights, as far as it can be seen, of each submodule: numbers, words and
+    flags (an adapter that is on, and how strongly), objects by who they are (an attention processor), hooks of others, and
+    forwards put in place of the class's.
+    """
+    return () if module is None else tuple(map(_settings, module.modules()))
+
+
+def _settings(module: torch.nn.Module) -> Hashable:
+    own = ((name, value) for name, value in vars(module).items() if name not in _OF_TORCH)
+    hooks = (hook for name in _HOOKS for hook in vars(module)[name].values())
+    # the package's hooks come and go with each run
+    foreign = (hook for hook in hooks if not str(getattr(hook, "__module__", None)).startswith("free."))
+    return (
+        _who(type(module)),
+        *((name, _setting(value, (id(module),))) for name, value in own if not isinstance(value, torch.nn.Module)),
+        *map(_who, foreign),
+    )
+
+
+def _setting(value: Any, above: tuple[int, ...]) -> Hashable:
+    """A submodule's attribute; what holds others is described by what it holds."""
+    if isinstance(value, _PLAIN):
+        return type(value).__name__, value
+    if isinstance(value, torch.Tensor):
+        return place(value)
+    if id(value) in above:
+        return "one of those above"
+    above = (*above, id(value))
+    if isinstance(value, Mapping):
+        return tuple((_setting(name, above), _setting(entry, above)) for name, entry in value.items())
+    if isinstance(value, (*_SEQUENCES, set, frozenset)):
+        said = [_setting(entry, above) for entry in value]
+        return tuple(said) if isinstance(value, _SEQUENCES) else frozenset(said)
+    return _who(value)
+
+
+def _who(value: Any) -> Hashable:
+    """The object itself, which its module keeps alive."""
+    compiled = getattr(value, "_torchdynamo_orig_callable", None)
+    if compiled is not None:
+        return "compiled", _who(compiled)
+    if isinstance(value, MethodType):
+        return _who(value.__func__), _who(value.__self__)
+    try:
+        return WeakIdRef(value)
+    except TypeError:
+        return type(value), id(value)
 
 
 def tensors_of(*values: Any) -> dict[Hashable, torch.Tensor]:

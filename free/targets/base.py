@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from free.checks import check_count
+from free.targets.hooks import execution_device, stateful_hook
 from free.targets.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Target(ABC):
             return
         if self.module.training or any(module.training and _knows_modes(module) for module in self.module.modules()):
             raise ValueError("model is in train mode, where labels and activations are dropped at random; call model.eval()")
-        hook = _stateful_hook(self.module)
+        hook = stateful_hook(self.module)
         if hook is not None:
             raise ValueError(
                 f"model has a cache hook ({hook}): its output depends on earlier calls, so it is no longer the model that "
@@ -116,7 +117,7 @@ class Target(ABC):
         parameter = self._parameter()
         if parameter is None or self.module is None:
             return None
-        return _execution_device(self.module) or parameter.device
+        return execution_device(self.module) or parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -306,17 +307,6 @@ class Target(ABC):
             self._capturing_variance = before
 
 
-def _execution_device(module: torch.nn.Module) -> torch.device | None:
-    """Where accelerate's hooks bring an offloaded model's inputs and weights; None if there are none."""
-    for child in module.modules():
-        hook = getattr(child, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            device = getattr(one, "execution_device", None)
-            if device is not None:
-                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return None
-
-
 def has_rows(value: Any) -> bool:
     """Whether a value of the conditioning is one row a sample (else it is passed through as it is)."""
     return isinstance(value, torch.Tensor) and value.dim() > 0
@@ -360,15 +350,3 @@ def _put_back_forward(module: torch.nn.Module, before: Any) -> None:
         vars(module).pop("forward", None)
     else:
         module.forward = before
-
-
-def _stateful_hook(module: torch.nn.Module) -> str | None:
-    """Name of a diffusers hook that keeps state between calls, as every cache does; None if there is none."""
-    if getattr(module, "is_cache_enabled", False):
-        return "enable_cache"
-    for child in module.modules():
-        registry = getattr(child, "_diffusers_hook", None)
-        for name, hook in getattr(registry, "hooks", {}).items():
-            if getattr(hook, "_is_stateful", False):
-                return str(name)
-    return None

@@ -10,6 +10,7 @@ import torch
 
 from free.checks import check_labels
 from free.targets.base import Target, TargetOutput, check_output
+from free.targets.hooks import is_as_written, leaves_the_host_out
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel, SchedulerMixin
@@ -23,8 +24,6 @@ class DiTTarget(Target):
 
     Without labels every sample is drawn from the null class, ``config.num_embeds_ada_norm``.
     """
-
-    capturable = True
 
     def __init__(
         self,
@@ -57,7 +56,12 @@ class DiTTarget(Target):
 
     def check_ready(self) -> None:
         super().check_ready()
-        self._as_written = self.module is not None and self.model is self.module and _as_written(self.module)
+        self._as_written = self.module is not None and self.model is self.module and is_as_written(self.module)
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """diffusers' DiT is, unless it is offloaded, or compiled into graphs of its own."""
+        return leaves_the_host_out(self.model)
 
     @property
     def needs_copies(self) -> bool:
@@ -145,14 +149,3 @@ class DiTTarget(Target):
     def label_embedding(self, conditioning: dict[str, Any]) -> torch.Tensor:
         """Of the first block: every block has a copy of the embedder."""
         return self.transformer.transformer_blocks[0].norm1.emb.class_embedder(conditioning["class_labels"])
-
-
-def _as_written(model: torch.nn.Module) -> bool:
-    """Whether diffusers' own code runs and no other: neither a subclass's, nor a compilation's, nor a hook's."""
-    return type(model).__module__.startswith("diffusers.") and not any(
-        module._compiled_call_impl is not None
-        or "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        for module in model.modules()
-    )

@@ -1,4 +1,6 @@
-"""What learned gains add to held drafts, in Triton: one launch for a whole window, each patch walked on its own."""
+"""What learned gains add to held drafts, in Triton: one launch for a whole window, in which each mixed channel of each patch
+walks on its own. Where channels are mixed another launch adds up what they have for each number.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 
 from free_kernels.gains import NEVER_ABOVE, Scales
-from free_kernels.launch import check_programs, eager, on_device, rows_of
+from free_kernels.launch import block_size, check_programs, eager, on_device, rows_of
 from free_kernels.patches import Patches
 from free_kernels.patches_kernel import load_square, padded, patch_offsets, to_frequencies, to_numbers
 from free_kernels.posterior.kernel import load_column
@@ -41,7 +43,7 @@ def gain_correction_kernel(
     order_ptr,  # int64 [D]
     band_ptr,  # int64 [M * P * Q]
     share_ptr,  # float [K]
-    correction_ptr,  # float32 [B, DRAFTS, D]
+    added_ptr,  # float32 [B, DRAFTS, D]: the correction, or if M > 1 its parts, patch after patch
     path_batch,
     path_column,
     anchors,
@@ -61,75 +63,100 @@ def gain_correction_kernel(
     COLUMNS: tl.constexpr,
 ):
     patches = numel // (M * P * Q)
-    sample = (tl.program_id(0) // patches).to(tl.int64)
-    patch = tl.program_id(0) % patches
+    mixed = tl.program_id(0) % M
+    patch = tl.program_id(0) // M % patches
+    sample = (tl.program_id(0) // M // patches).to(tl.int64)
     inside, mask = patch_offsets(P, Q, ROWS, COLUMNS)
-    order_row = order_ptr + patch * (M * P * Q) + inside
+    of_patch = patch * (M * P * Q) + inside
+    of_channel = of_patch + mixed * (P * Q)
     all_bands = tl.arange(0, BANDS)
     rows, columns = load_square(rows_ptr, P, ROWS), load_square(columns_ptr, Q, COLUMNS)
     first_step = tl.load(step_ptr + sample)
     known_step = tl.load(known_step_ptr + sample)
     last_anchor = tl.minimum(tl.load(known_length_ptr + sample), anchors) - 1
 
-    for mixed in range(M):  # each of the mixed channels takes the walk on its own, and adds to all of the sample's
-        band = tl.load(band_ptr + mixed * (P * Q) + inside, mask=mask, other=0).to(tl.int32)
-        share = tl.load(share_ptr + band, mask=mask, other=0.0).to(tl.float32) * ridge / GROUPS
-        band += patch // (patches // GROUPS) * K
-        added_before = mask.to(tl.int32) * tl.where(mixed > 0, 1, 0) > 0
-        departure = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        previous = departure
-        path_row = path_ptr + sample * path_batch
-        correction_row = correction_ptr + sample * DRAFTS * numel
-        for j in range(DRAFTS):
-            step = tl.minimum(tl.maximum(first_step + j, 0), num_steps - 1)
-            # the latest evaluation at this step or before: a later one has seen this step's noise
-            anchor = tl.maximum(tl.minimum(step - known_step, last_anchor), 0)
-            known = tl.minimum(tl.maximum(known_step + anchor, 0), num_steps - 1)
-            column = sample * anchors + anchor
-            signal, noise_ratio = load_column(signal_ptr, step), load_column(noise_ratio_ptr, step)
+    band = tl.load(band_ptr + mixed * (P * Q) + inside, mask=mask, other=0).to(tl.int32)
+    share = tl.load(share_ptr + band, mask=mask, other=0.0).to(tl.float32) * ridge / GROUPS
+    band += patch // (patches // GROUPS) * K
+    departure = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    previous = departure
+    path_row = path_ptr + sample * path_batch
+    added_row = added_ptr + sample * DRAFTS * numel
+    for j in range(DRAFTS):
+        step = tl.minimum(tl.maximum(first_step + j, 0), num_steps - 1)
+        # the latest evaluation at this step or before: a later one has seen this step's noise
+        anchor = tl.maximum(tl.minimum(step - known_step, last_anchor), 0)
+        known = tl.minimum(tl.maximum(known_step + anchor, 0), num_steps - 1)
+        column = sample * anchors + anchor
+        signal, noise_ratio = load_column(signal_ptr, step), load_column(noise_ratio_ptr, step)
 
-            kind = tl.where(known < step, 1, 0)
-            sums_row = sums_ptr + (column * 2 + kind) * (2 * GROUPS * K)
-            unanswered_row = sums_row + GROUPS * K
-            whole = all_bands < GROUPS * K
-            answered = tl.load(sums_row + band, mask=mask, other=0.0)
-            answered += share * tl.sum(tl.load(sums_row + all_bands, mask=whole, other=0.0), axis=0)
-            answered = tl.where(answered < 0.0, 0.0, answered)
-            unanswered = tl.load(unanswered_row + band, mask=mask, other=0.0) * noise_ratio
-            unanswered += share * tl.sum(tl.load(unanswered_row + all_bands, mask=whole, other=0.0) * noise_ratio, axis=0)
-            unanswered = tl.where(unanswered < answered * LEAST, answered * LEAST, unanswered)
-            gain = answered / (answered + unanswered + TINY)
+        kind = tl.where(known < step, 1, 0)
+        sums_row = sums_ptr + (column * 2 + kind) * (2 * GROUPS * K)
+        unanswered_row = sums_row + GROUPS * K
+        whole = all_bands < GROUPS * K
+        answered = tl.load(sums_row + band, mask=mask, other=0.0)
+        answered += share * tl.sum(tl.load(sums_row + all_bands, mask=whole, other=0.0), axis=0)
+        answered = tl.where(answered < 0.0, 0.0, answered)
+        unanswered = tl.load(unanswered_row + band, mask=mask, other=0.0) * noise_ratio
+        unanswered += share * tl.sum(tl.load(unanswered_row + all_bands, mask=whole, other=0.0) * noise_ratio, axis=0)
+        unanswered = tl.where(unanswered < answered * LEAST, answered * LEAST, unanswered)
+        gain = answered / (answered + unanswered + TINY)
 
+        if M > 1:
             numbers = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
             for channel in range(M):
-                order = tl.load(order_row + channel * (P * Q), mask=mask, other=0)
+                order = tl.load(order_ptr + of_patch + channel * (P * Q), mask=mask, other=0)
                 value = tl.load(path_row + order, mask=mask, other=0.0).to(tl.float32)
                 numbers += load_column(mixing_ptr + mixed * M, channel) * value
-            anchor_row = column * numel + (patch * M + mixed) * (P * Q)
-            x0 = tl.load(x0_ptr + anchor_row + inside, mask=mask, other=0.0)
-            state = tl.load(states_ptr + anchor_row + inside, mask=mask, other=0.0)
-            ratio = noise_ratio / load_column(noise_ratio_ptr, known)
-            innovation = (to_frequencies(numbers, rows, columns) + departure) / signal
-            added = gain * (innovation - (x0 + ratio * ratio * (state - x0)))
+        else:
+            order = tl.load(order_ptr + of_patch, mask=mask, other=0)
+            numbers = tl.load(path_row + order, mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + column * numel + of_channel, mask=mask, other=0.0)
+        state = tl.load(states_ptr + column * numel + of_channel, mask=mask, other=0.0)
+        ratio = noise_ratio / load_column(noise_ratio_ptr, known)
+        innovation = (to_frequencies(numbers, rows, columns) + departure) / signal
+        added = gain * (innovation - (x0 + ratio * ratio * (state - x0)))
 
-            x0_model = load_column(x0_model_ptr, step)
-            slope, x0_coef = load_column(slope_ptr, step), load_column(gain_ptr, step)
-            if not CLIP:
-                x0_coef = x0_coef / x0_model
-                slope = slope - x0_coef * load_column(x0_state_ptr, step)
-            effective = added
-            if MEMORY:
-                effective += load_column(memory_gain_ptr, step) * x0_model * (added - previous)
-                previous = added
-            departure = slope * departure + x0_coef * effective
-            numbers = to_numbers(added, rows, columns) / x0_model
-            for channel in range(M):
-                at = correction_row + tl.load(order_row + channel * (P * Q), mask=mask, other=0)
-                before = tl.load(at, mask=added_before, other=0.0)
-                tl.store(at, before + load_column(mixing_ptr + mixed * M, channel) * numbers, mask=mask)
-            path_row += path_column
-            correction_row += numel
-        tl.debug_barrier()  # what this channel added is read by the next
+        x0_model = load_column(x0_model_ptr, step)
+        slope, x0_coef = load_column(slope_ptr, step), load_column(gain_ptr, step)
+        if not CLIP:
+            x0_coef = x0_coef / x0_model
+            slope = slope - x0_coef * load_column(x0_state_ptr, step)
+        effective = added
+        if MEMORY:
+            effective += load_column(memory_gain_ptr, step) * x0_model * (added - previous)
+            previous = added
+        departure = slope * departure + x0_coef * effective
+        numbers = to_numbers(added, rows, columns) / x0_model
+        if M > 1:  # the other channels' programs have their parts of each number
+            tl.store(added_row + of_channel, numbers, mask=mask)
+        else:
+            tl.store(added_row + tl.load(order_ptr + of_patch, mask=mask, other=0), numbers, mask=mask)
+        path_row += path_column
+        added_row += numel
+
+
+@triton.jit
+def unmix_kernel(
+    added_ptr,  # float32 [B * DRAFTS, D], patch after patch, channels mixed
+    mixing_ptr,  # float [M, M]
+    order_ptr,  # int64 [D]
+    correction_ptr,  # float32 [B * DRAFTS, D]
+    numel,
+    M: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = (numel + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64) * numel
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = at < numel
+    channel = at // PATCH % M
+    numbers = tl.zeros([BLOCK], dtype=tl.float32)
+    for mixed in range(M):
+        part = tl.load(mixing_ptr + mixed * M + channel, mask=mask, other=0.0).to(tl.float32)
+        numbers += part * tl.load(added_ptr + row + at + (mixed - channel) * PATCH, mask=mask, other=0.0)
+    tl.store(correction_ptr + row + tl.load(order_ptr + at, mask=mask, other=0), numbers, mask=mask)
 
 
 def gain_correction(
@@ -178,7 +205,9 @@ def _gain_correction(
     channels, height, width = (matrix.shape[0] for matrix in cut[:3])
     bands = cut[-1].shape[0]
     correction = torch.empty(batch, window - 1, numel, dtype=torch.float32, device=path.device)
-    grid = check_programs("path", batch * (numel // (channels * height * width)))
+    added = correction if channels == 1 else torch.empty_like(correction)
+    cut = [values.contiguous() for values in cut]
+    grid = check_programs("path", batch * (numel // (height * width)))
     with on_device(path):
         gain_correction_kernel[(grid,)](
             path,
@@ -186,8 +215,8 @@ def _gain_correction(
             *(values.contiguous() for values in index),
             *(column.contiguous() for column in coefficients),
             (coefficients[0] if memory_gain is None else memory_gain).contiguous(),
-            *(values.contiguous() for values in cut),
-            correction,
+            *cut,
+            added,
             *path.stride()[:2],
             known[0].shape[1],
             numel,
@@ -207,6 +236,19 @@ def _gain_correction(
             enable_fp_fusion=False,
             num_warps=8,
         )
+        if channels > 1:
+            block = block_size(numel)
+            unmix_kernel[(check_programs("path", batch * (window - 1) * triton.cdiv(numel, block)),)](
+                added,
+                cut[0],
+                cut[3],
+                correction,
+                numel,
+                M=channels,
+                PATCH=height * width,
+                BLOCK=block,
+                enable_fp_fusion=False,
+            )
     return correction
 
 

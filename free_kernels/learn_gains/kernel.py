@@ -20,6 +20,8 @@ from free_kernels.table import StepTable
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _TILE = 4096
 """Numbers that a program compares with the bands at a time."""
+_MOST_CHUNKS = 16
+"""Programs that share the numbers of a group, so that a lone sample keeps more of the device busy."""
 
 
 @triton.jit
@@ -97,11 +99,12 @@ def pairs_kernel(
     known_step_ptr,  # int64 [B]
     noise_ratio_ptr,  # float [S]
     band_ptr,  # int64 [M * P * Q]
-    pairs_ptr,  # float32 [B, W, 2, 2, G * K]: answered, size
+    pairs_ptr,  # float32 [B, W, 2, CHUNKS, 2, G * K]: answered, size
     window,
     anchors,
     numel,
     num_steps,
+    CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
     K: tl.constexpr,
     PATCH: tl.constexpr,
@@ -110,9 +113,10 @@ def pairs_kernel(
     BANDS: tl.constexpr,
 ):
     group = tl.program_id(0) % GROUPS
-    kind = tl.program_id(0) // GROUPS % 2
-    column = (tl.program_id(0) // (2 * GROUPS)) % window
-    sample = (tl.program_id(0) // (2 * GROUPS) // window).to(tl.int64)
+    chunk = tl.program_id(0) // GROUPS % CHUNKS
+    kind = tl.program_id(0) // (GROUPS * CHUNKS) % 2
+    column = tl.program_id(0) // (2 * GROUPS * CHUNKS) % window
+    sample = (tl.program_id(0) // (2 * GROUPS * CHUNKS) // window).to(tl.int64)
     first_step = tl.load(step_ptr + sample)
     step = tl.minimum(first_step + column, num_steps - 1)
     before = tl.minimum(tl.maximum(first_step + column - tl.load(known_step_ptr + sample), 0), anchors - 1)
@@ -135,7 +139,7 @@ def pairs_kernel(
     answered = tl.zeros([BANDS], dtype=tl.float32)
     size = tl.zeros([BANDS], dtype=tl.float32)
     for block in range(BLOCKS):
-        at = block * BLOCK + tl.arange(0, BLOCK)
+        at = (chunk * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
         mask = at < of_group
         band = tl.load(band_ptr + at % PATCH, mask=mask, other=-1).to(tl.int32)
         at = at.to(tl.int64) + group * of_group
@@ -147,14 +151,15 @@ def pairs_kernel(
         member = band[:, None] == bands
         answered += tl.sum(tl.where(member, (answer * innovation)[:, None], 0.0), axis=0)
         size += tl.sum(tl.where(member, (innovation * innovation)[:, None], 0.0), axis=0)
-    out = pairs_ptr + (((sample * window + column) * 2 + kind) * 2 * GROUPS + group) * K + tl.arange(0, BANDS)
+    out = pairs_ptr + ((((sample * window + column) * 2 + kind) * CHUNKS + chunk) * 2 * GROUPS + group) * K
+    out += tl.arange(0, BANDS)
     tl.store(out, answered, mask=tl.arange(0, BANDS) < K)
     tl.store(out + GROUPS * K, size, mask=tl.arange(0, BANDS) < K)
 
 
 @triton.jit
 def sums_kernel(
-    pairs_ptr,  # float32 [B, W, 2, 2, BANDS]: answered, size
+    pairs_ptr,  # float32 [B, W, 2, CHUNKS, 2, BANDS]: answered, size
     known_sums_ptr,  # float32 [B, A, 2, 2, BANDS]
     step_ptr,  # int64 [B]
     length_ptr,  # int64 [B]
@@ -167,6 +172,8 @@ def sums_kernel(
     kept_again,
     kept_next,
     WINDOW: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr,
     BANDS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
@@ -174,6 +181,9 @@ def sums_kernel(
     kind = tl.program_id(0) % 2
     bands = tl.arange(0, PADDED)
     mask = bands < BANDS
+    chunk = tl.arange(0, CHUNKS_PADDED)[:, None]
+    parts = chunk * (2 * BANDS) + bands[None, :]
+    of_parts = (chunk < CHUNKS) & mask[None, :]
     first_step = tl.load(step_ptr + sample)
     length = tl.load(length_ptr + sample)
     since = first_step - tl.load(known_step_ptr + sample)
@@ -190,8 +200,8 @@ def sums_kernel(
         again = tl.where((since + column < known_length) & (first_step > 0), 1, 0)
         counts = tl.where(kind == 0, again, tl.where(column > 0, 1, 0))
         counts = tl.where(column < length, counts, 0)
-        taught = tl.load(pairs_ptr + row + bands, mask=mask, other=0.0)
-        size = tl.load(pairs_ptr + row + BANDS + bands, mask=mask, other=0.0)
+        taught = tl.sum(tl.load(pairs_ptr + row * CHUNKS + parts, mask=of_parts, other=0.0), axis=0)
+        size = tl.sum(tl.load(pairs_ptr + row * CHUNKS + BANDS + parts, mask=of_parts, other=0.0), axis=0)
         missed = (size - taught) / noise_ratio
         whole = tl.sum(size, axis=0) + TINY
         taught, missed = taught / whole, missed / whole
@@ -260,10 +270,13 @@ def _learn_gains(
     anchors, num_steps = known_states.shape[1], signal.shape[0]
     new_states = torch.empty(batch, window, numel, dtype=torch.float32, device=states.device)
     new_x0 = torch.empty_like(new_states)
-    pairs = torch.empty(batch, window, 2, 2, groups * bands, dtype=torch.float32, device=states.device)
-    sums = torch.empty_like(pairs)
-    check_programs("states", batch * window * max(numel // (height * width), 2 * groups))
     block = max(16, _TILE // triton.next_power_of_2(bands))
+    blocks = triton.cdiv(numel // groups, block)
+    of_chunk = triton.cdiv(blocks, _MOST_CHUNKS)
+    chunks = triton.cdiv(blocks, of_chunk)
+    pairs = torch.empty(batch, window, 2, chunks, 2, groups * bands, dtype=torch.float32, device=states.device)
+    sums = pairs.new_empty(batch, window, 2, 2, groups * bands)
+    check_programs("states", batch * window * max(numel // (height * width), 2 * groups * chunks))
     with on_device(states):
         frequencies_kernel[(batch * window * (numel // (height * width)),)](
             states,
@@ -295,7 +308,7 @@ def _learn_gains(
             enable_fp_fusion=False,
             num_warps=8,
         )
-        pairs_kernel[(batch * window * 2 * groups,)](
+        pairs_kernel[(batch * window * 2 * chunks * groups,)](
             new_states,
             new_x0,
             known_states,
@@ -309,10 +322,11 @@ def _learn_gains(
             anchors,
             numel,
             num_steps,
+            CHUNKS=chunks,
             GROUPS=groups,
             K=bands,
             PATCH=channels * height * width,
-            BLOCKS=triton.cdiv(numel // groups, block),
+            BLOCKS=of_chunk,
             BLOCK=block,
             BANDS=triton.next_power_of_2(bands),
             enable_fp_fusion=False,
@@ -331,6 +345,8 @@ def _learn_gains(
             float(forgetting[0]),
             float(forgetting[1]),
             WINDOW=window,
+            CHUNKS=chunks,
+            CHUNKS_PADDED=triton.next_power_of_2(chunks),
             BANDS=groups * bands,
             PADDED=triton.next_power_of_2(groups * bands),
             enable_fp_fusion=False,

@@ -60,6 +60,10 @@ def normal(seed: torch.Tensor, step: torch.Tensor, numel: int, stream: int, dtyp
     radius_words, angle_words = philox_pairs(seed, step, -(-numel // 4), stream)
     radius = _open_unit(radius_words, compute).log_().mul_(-2.0).sqrt_()  # [2, *shape, n]
     angle = angle_words.to(compute).mul_(2.0 * math.pi / 2**32)
+    if torch.compiler.is_compiling():  # a compiler makes it one kernel, and takes no views to write into
+        return (
+            torch.stack((angle.cos() * radius, angle.sin() * radius), -1).movedim(0, -2).flatten(-3)[..., :numel].to(dtype)
+        )
     numbers = radius.new_empty(*radius.shape[1:], 2, 2)
     by_pair = numbers.movedim(-2, 0)  # [2, *shape, n, 2]
     torch.mul(angle.cos(), radius, out=by_pair[..., 0])

@@ -85,6 +85,7 @@ def propose_kernel(
     current = tl.load(state_ptr + sample * state_row + start + offsets, mask=mask, other=0.0).to(tl.float32)
     states_row = states_ptr + sample * (DRAFTS + 1) * numel + start
     drafted_row = drafted_ptr + sample * DRAFTS * numel + start
+    noise_row = noise_ptr + sample * noise_batch + start
     correction_row = correction_ptr + sample * correction_batch + start
     tl.store(states_row + offsets, current, mask=mask)
     x0 = current
@@ -113,13 +114,13 @@ def propose_kernel(
             ).to(tl.float32)
             held = load_column(x0_state_ptr, known) * anchor_state + load_column(x0_model_ptr, known) * output
             output = (held - x0_state * current) / x0_model
-        noise_row = noise_ptr + sample * noise_batch + j * noise_column + start
         noise = load_noise(noise_row, offsets, mask, seed, start, step, HAS_NOISE, COUNTERS)
         if HAS_CORRECTION:  # read here and not before the noise is made, which takes the most registers
             output += tl.load(correction_row + offsets, mask=mask, other=0.0).to(tl.float32)
             correction_row += correction_column
         if MEMORY:
             output, x0 = effective_output(output, current, x0, load_column(memory_gain_ptr, step), x0_state, x0_model)
+        noise_row += noise_column
         mean = step_mean(
             current,
             output,

@@ -82,8 +82,9 @@ def all_operations(
     plain = free_kernels.propose(*window, impl=impl)
     proposal = free_kernels.propose(*window, correction=outputs * 0.1, impl=impl)
     drafted = (proposal.states, outputs, proposal.draft_output, seed, step, length, process)
+    fractions = states[..., 0].abs().clamp(max=1)  # exact, whoever computes it
     exact = free_kernels.verify(*drafted, **half)
-    verified = free_kernels.verify(*drafted, tau=states[..., 0].sigmoid(), **half)
+    verified = free_kernels.verify(*drafted, tau=fractions, **half)
     state = free_kernels.posterior(verified.next_state, outputs[:, 0], seed, step, process, impl=impl)
     ratios = free_kernels.acceptance(states, outputs, outputs + 0.01, seed, step, process, **half)
     general = free_kernels.acceptance_from_means(state, state + 1, state - 1, state[:, 0].abs() + 1, impl=impl)
@@ -98,12 +99,10 @@ def all_operations(
     covered = free_kernels.span(step, torch.full_like(process.std, len(process.std) - 1, dtype=torch.int64), 3, impl=impl)
     finite = free_kernels.finite(outputs, length, state, unconditional_output=outputs, impl=impl)
     sums = torch.ones(len(step), 3, dtype=torch.float64, device=step.device)
-    tau = free_kernels.relaxed_tau(
-        states[:, 1:, 0].sigmoid(), 1.0, squared_norm=exact.squared_norm, spent=sums, budget=1.1, impl=impl
-    )
+    tau = free_kernels.relaxed_tau(fractions[:, 1:], 1.0, squared_norm=exact.squared_norm, spent=sums, budget=1.1, impl=impl)
     tests = (exact.squared_norm, exact.log_ratio, tau, exact.advance, exact.rejected, seed, step, sums, sums[:, :2])
     cost = free_kernels.relaxed_cost(*tests, impl=impl)
-    cost_of_read = free_kernels.relaxed_cost(*tests, uniforms=states[..., 0].sigmoid(), impl=impl)
+    cost_of_read = free_kernels.relaxed_cost(*tests, uniforms=fractions, impl=impl)
     relaxed = (*covered, *finite, tau, *cost, *cost_of_read)
     of_second = (*remembered, *ratios_of_second, *drafts_of_second, *steps_of_second)
     return (

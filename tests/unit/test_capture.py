@@ -8,14 +8,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
 
 import free
 from free import Drafter, FeatureDrafter, Fresh, HoldX0, ModelDrafter, ReverseProcess, Situation, StepDrafter
 from free.drafters import as_drafter
-from free.sampling.capture import Graphs, drafter_key
+from free.sampling.capture import AncestralGraph, Graphs, drafter_key
 from free.sampling.likeness import tensors_of
 from free.sampling.loop import Run
 from free.sampling.memory import memory_of
@@ -129,6 +132,57 @@ def test_what_a_graph_cannot_be_told_anew_makes_another(dit: DiTTransformer2DMod
     before = list(shelf.values())
     assert kept(others[-1]) not in before
     assert len(shelf) == 1
+
+
+def _with_hook(model: torch.nn.Module) -> None:
+    model.transformer_blocks[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def _with_a_forward_of_its_own(model: torch.nn.Module) -> None:
+    block = model.transformer_blocks[1]
+    block.forward = lambda hidden_states, **_: hidden_states
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a flag, as adapters are turned on and off by": lambda model: setattr(model.transformer_blocks[0], "_disabled", True),
+    "a number in a dict, as adapters are scaled by": lambda model: model.proj_out_1.scaling.update(default=3.0),
+    "an attention processor": lambda model: model.transformer_blocks[0].attn1.set_processor(AttnProcessor()),
+    "a submodule": lambda model: setattr(model, "proj_out_1", torch.nn.Sequential(model.proj_out_1, torch.nn.SiLU()).eval()),
+    "a hook": _with_hook,
+    "a forward": _with_a_forward_of_its_own,
+}
+
+
+@pytest.mark.usefixtures("_rehearsed")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_that_was_changed_makes_another(dit: DiTTransformer2DModel, change: Callable[[Any], object]) -> None:
+    dit.proj_out_1.scaling = {"default": 1.0}
+    common: dict[str, Any] = {"class_labels": [1, 2], "process": ReverseProcess.ddpm(8)}
+
+    def both() -> tuple[object, object, object]:
+        setup = static_setup(dit, "hold-x0", 4, **common)
+        steps = AncestralGraph.of(setup.request, "auto")._kept
+        return kept(setup), steps, drafter_key(ModelDrafter(dit))
+
+    first = both()
+    free.speculative_sample(dit, window=4, **common)
+    assert both() == first  # runs leave nothing behind
+    change(dit)
+    second = both()
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert both() == second
+
+
+@pytest.mark.usefixtures("_rehearsed")
+@pytest.mark.parametrize("kind", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_a_null_conditioning_on_the_host_is_seen_when_it_changes(kind: Callable[[Any], Any]) -> None:
+    null = kind([0.5, 0.5, 0.5])
+    target = free.as_target(lambda x, timestep, center: x - center, null_conditioning={"center": null})
+    common: dict[str, Any] = {"shape": (3,), "process": ReverseProcess.ddpm(8), "conditioning": {"center": torch.ones(2, 3)}}
+    first = kept(static_setup(target, "hold-x0", 4, **common, guidance_scale=2.0))
+    assert kept(static_setup(target, "hold-x0", 4, **common, guidance_scale=2.0)) is first
+    null[1] = 0.25
+    assert kept(static_setup(target, "hold-x0", 4, **common, guidance_scale=2.0)) is not first
 
 
 @pytest.mark.usefixtures("_rehearsed")
@@ -405,3 +459,23 @@ def test_what_is_capturable(dit: DiTTransformer2DModel) -> None:
     assert not as_drafter(GaussianModel()).capturable
     assert FeatureDrafter.capturable
     assert not Drafter.capturable
+
+
+def test_what_a_graph_cannot_hold_is_not_captured(make_dit: Callable[[], DiTTransformer2DModel]) -> None:
+    """Graphs in a graph, and weights that are brought or cast for each forward."""
+
+    def capturable(change: Callable[[Any], Any]) -> bool:
+        model = make_dit()
+        changed = change(model)
+        target = free.as_target(model if changed is None else changed)
+        assert Fresh(ModelDrafter(target)).capturable == target.capturable
+        return target.capturable
+
+    assert capturable(lambda model: torch.compile(model))
+    assert capturable(lambda model: model.compile())
+    for options in ({"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}, {"backend": "cudagraphs"}):
+        assert not capturable(lambda model, options=options: torch.compile(model, **options))
+        assert not capturable(lambda model, options=options: model.transformer_blocks[1].compile(**options))
+    assert not capturable(lambda model: accelerate.cpu_offload(model) and None)
+    casting = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
+    assert not capturable(lambda model: model.enable_layerwise_casting(**casting))
