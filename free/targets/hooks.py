@@ -41,8 +41,8 @@ def is_as_written(model: torch.nn.Module) -> bool:
 
 
 def leaves_the_host_out(model: torch.nn.Module) -> bool:
-    """Whether nothing around the model does what a CUDA graph cannot hold: bring weights from the host, or cast them, as accelerate's and
-    diffusers' hooks may, or replay graphs of its own, as a compilation may.
+    """Whether nothing around the model does what a CUDA graph cannot hold: bring weights from the host or cast them, as
+    accelerate's and diffusers' hooks may, or replay graphs of its own, as a compilation may.
     """
     context = getattr(model, "dynamo_ctx", None)
     if context is not None and _replays_graphs(getattr(context, "compiler_config", None)):
