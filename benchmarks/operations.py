@@ -204,7 +204,7 @@ def gain_correction(given: Round) -> tuple[Call, int]:
     anchors = min(given.window - given.behind, given.window - 1)  # different ones
     sums = 4 * given.batch * anchors * 4 * given.patches.bands
     return (
-        lambda impl: free_kernels.gain_correction(given.states, given.step, *before, ridge=0.01, impl=impl),
+        lambda impl: free_kernels.gain_correction(given.states, given.step, *before, ridge=Gains.ridge, impl=impl),
         ((given.window - 1) * (4 + 4) + anchors * (4 + 4)) * given.rows + sums,
     )
 

@@ -35,11 +35,6 @@ def untrained() -> DiTTransformer2DModel:
     )
 
 
-def load_photo_dit() -> DiTTransformer2DModel:
-    """The trained target in float32, eval mode."""
-    return DiTTransformer2DModel.from_pretrained(WEIGHTS, torch_dtype=torch.float32, use_safetensors=True).eval()
-
-
 def write_held_out(path: Path, size: int, seed: int = 2**31) -> None:
     """``size`` patches of a seed that training does not use, as images and labels; whole files are the same every time."""
     with torch.random.fork_rng(devices=[]):

@@ -136,9 +136,11 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--relaxation", nargs="+", type=float, default=[0.0], metavar="STRENGTH", help="of relaxed acceptance; 0 is exact"
     )
-    compare.add_argument("--uncertainty", default="residual", help="what relaxation is guided by: residual or learned")
     compare.add_argument(
-        "--budget", type=float, default=None, help="total variation that a relaxed sample may spend, 0 to 1"
+        "--uncertainty", default=left_out, help="what relaxation is guided by: residual or learned (default: residual)"
+    )
+    compare.add_argument(
+        "--budget", type=float, default=left_out, help="total variation that a relaxed sample may spend, 0 to 1"
     )
     compare.add_argument(
         "--data", default=None, metavar="DATA",
@@ -232,10 +234,10 @@ def _sample(arguments: argparse.Namespace) -> None:
     from free.drafters.loading import drafter_of
     from free.parallel.sharding import Place, sample_to_folder
 
+    labels = _labels(arguments.labels)
     target, vae, device = _loaded(arguments)
     if device == "cpu":
         torch.set_num_threads(arguments.threads)
-    labels: Any = {"uniform": "uniform", "balanced": "balanced", "none": None}.get(arguments.labels[0], arguments.labels)
     drawn = sample_to_folder(
         target,
         arguments.output_dir,
@@ -244,7 +246,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         sampler=arguments.sampler,
         drafter=drafter_of(arguments.drafter, device) if arguments.sampler == "speculative" else arguments.drafter,
         window=arguments.window,
-        class_labels=[_label(label) for label in labels] if isinstance(labels, list) else labels,
+        class_labels=labels,
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
         seed=arguments.seed,
@@ -359,10 +361,13 @@ def _device(word: str | None) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
-def _label(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"labels holds {text!r}; allowed are 'uniform', 'balanced', 'none', or ints")
-    return int(text)
+def _labels(words: Sequence[str]) -> str | list[int] | None:
+    if len(words) == 1 and words[0] in ("uniform", "balanced", "none"):
+        return None if words[0] == "none" else words[0]
+    for word in words:
+        if not word.isdecimal():
+            raise ValueError(f"labels holds {word!r}; allowed is 'uniform', 'balanced' or 'none', or ints")
+    return [int(word) for word in words]
 
 
 def _window(text: str) -> int | str:

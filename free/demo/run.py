@@ -79,6 +79,8 @@ def run_demo(
         import sklearn  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the demo needs {error.name}: pip install 'free-dit[demo]'") from error
+    if train_steps is not None and not retrain:
+        raise ValueError(f"train_steps is {train_steps}, but nothing is trained; give retrain too")
     matplotlib.use("Agg")
     chosen = {word: load_digits_drafter() if word == "learned" else drafter_of(word) for word in drafters}
     check_figure("output", output)

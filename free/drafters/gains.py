@@ -13,8 +13,6 @@ from free.drafters.hold import hold
 from free.drafters.patches import patches_of
 from free_kernels import Patches, Proposal, Scales, StepTable, gain_correction, learn_gains
 
-_RIDGE = 0.01
-
 
 @dataclass
 class GainMemory:
@@ -41,6 +39,8 @@ class Gains(Drafter):
     capturable = True
     forgetting = (0.7, 0.85)
     """What a pair of evaluations of one step, and one of neighbours, leaves of what was learned before."""
+    ridge = 0.01
+    """Share of all bands' sums that each band's own are drawn towards."""
 
     def begin(self, last: LastWindow, sample_shape: tuple[int, ...]) -> GainMemory:
         zeros = last.states.new_zeros(last.states.shape)
@@ -67,7 +67,7 @@ class Gains(Drafter):
 
     def _answers(self, situation: Situation, path: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         with _own_precision(path):
-            return gain_correction(path, step, *_known(situation), ridge=_RIDGE, impl=situation.impl)
+            return gain_correction(path, step, *_known(situation), ridge=self.ridge, impl=situation.impl)
 
     def remember(self, situation: Situation, window: LastWindow) -> GainMemory:
         with _own_precision(window.states):

@@ -42,7 +42,7 @@ def compare(
     variance: Sequence[str] = ("posterior",),
     stochasticity: Sequence[float] = (1.0,),
     relaxation: Sequence[float] = (0.0,),
-    uncertainty: str = "residual",
+    uncertainty: str | None = None,
     budget: float | None = None,
     data: str | None = None,
     samples: int = 16,
@@ -71,8 +71,8 @@ def compare(
             :func:`free.average_learned_variance` makes it.
         stochasticity: of the process, as there.
         relaxation: strengths, 0 being exact; a window of 1 tests nothing and is measured once, as exact.
-        uncertainty: ``"residual"`` or ``"learned"``.
-        budget: of a relaxed sample.
+        uncertainty: ``"residual"`` (if left out) or ``"learned"``, of relaxed samples.
+        budget: likewise.
         data: real images that the samples are judged by (:mod:`free.evaluation.quality`), as its ``load_data`` takes them;
             the figure is then quality over rounds. None judges nothing.
         samples: drawn for each configuration.
@@ -111,7 +111,12 @@ def compare(
     chosen = [drafter_of(word, default_device()) for word in drafters]
     for strength in relaxation:
         check_number("relaxation", strength, "0 (exact) or more", 0)
-    relaxations = [Relaxation(strength, uncertainty, budget) for strength in _distinct("relaxation", relaxation)]
+    for name, value in (("uncertainty", uncertainty), ("budget", budget)):
+        if value is not None and not any(relaxation):
+            raise ValueError(f"{name} is {value!r}, but nothing is relaxed; allowed is None, or a relaxation above 0")
+    relaxations = [
+        Relaxation(strength, uncertainty or "residual", budget) for strength in _distinct("relaxation", relaxation)
+    ]
     variance, stochasticity = _distinct("variance", variance), _distinct("stochasticity", stochasticity)
     for word in variance:
         if word not in (*VARIANCES, "learned"):

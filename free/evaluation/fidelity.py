@@ -98,6 +98,8 @@ def evaluate(
         distance, shares = inception.compare(ours, theirs, batch_size, progress)
         precision, recall = shares or (None, None)
         return Fidelity(inception.name, ours.count, theirs.count or None, distance, precision, recall)
+    if device is not None:
+        raise ValueError(f"device is {device!r}, which is Inception's; give weights too, or leave it out")
     images, labels = _labelled(str(reference))
     ours = StoredImages.of(samples)
     if not ours.count:

@@ -157,4 +157,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options = {"help": options["help"], "default": entry.default, "action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
             options |= {"nargs": "+", "type": typing.get_args(kind)[0]}
-        parser.add_argument(f"--{entry.name}", **options)
+        # as diffusers' training scripts write it, and as the other commands do
+        names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
+        parser.add_argument(*names, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import free
 from free.cli import main
 from free.demo.run import few_threads
+from free.training.config import add_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -201,6 +203,8 @@ def test_compare_is_interrupted_and_resumed(tmp_path: Path) -> None:
         (["--output", "no/such/folder/x.png"], "no/such/folder"),
         (["--results", "no/such/folder/x.jsonl"], "no/such/folder"),
         (["--variance", "learned"], "model has no learned-variance channels"),
+        (["--budget", "0.1"], "budget is 0.1, but nothing is relaxed; allowed is None, or a relaxation above 0"),
+        (["--uncertainty", "residual"], "uncertainty is 'residual', but nothing is relaxed"),
         (["--relaxation", "1", "--budget", "1.5"], "budget is 1.5; allowed is a total variation"),
         (["--relaxation", "1", "--uncertainty", "learned"], "uncertainty is 'learned': model has no learned-variance"),
         (["--data", "photos"], "data is 'photos'; allowed are 'digits' or a .npz file"),
@@ -218,3 +222,26 @@ def test_compare_refuses_with_exit_code_1_and_one_line(
     assert error.startswith("free-dit: ")
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--train-steps", "5"], "train_steps is 5, but nothing is trained; give retrain too"),
+        (["evaluate", "samples", "digits", "--device", "cpu"], "device is 'cpu', which is Inception's; give weights too"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_training_are_written_either_way() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    one, other = ["--output_dir", "a", "--no-use_ema"], ["--output-dir", "a", "--no-use-ema"]
+    assert parser.parse_args(one) == parser.parse_args(other)
+    assert parser.parse_args(other).use_ema is False

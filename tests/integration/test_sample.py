@@ -426,9 +426,11 @@ def test_models_of_the_command(
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "--num-samples", "2", "--output-dir", str(tmp_path / "out"), "--labels", "cat"]) == 1
-    assert "labels holds 'cat'; allowed are 'uniform', 'balanced', 'none', or ints" in capsys.readouterr().err
+@pytest.mark.parametrize(("words", "wrong"), [(["cat"], "cat"), (["uniform", "3"], "uniform"), (["3", "none"], "none")])
+def test_labels_of_the_command(words: list[str], wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--num-samples", "2", "--output-dir", str(tmp_path / "out"), "--labels", *words]) == 1
+    assert f"labels holds {wrong!r}; allowed is 'uniform', 'balanced' or 'none', or ints" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -213,3 +213,36 @@ def test_signal_and_noise_are_those_of_the_schedule() -> None:
     torch.testing.assert_close(process.noise_ratio[100:].double(), ratio[100:], rtol=2e-2, atol=0.0)
     assert (process.signal > 0).all()
     assert process.noise_ratio.isfinite().all()
+
+
+# --- fresh noise --------------------------------------------------------------------------------------------------------
+
+
+class Disturbed(free.Fresh):
+    """Asks its drafter again with other numbers in place of what abandoned states have taught."""
+
+    asked = 0
+
+    def remember(self, situation: Situation, window: LastWindow) -> Any:
+        memory = super().remember(situation, window)
+        settled = (situation.step - situation.last.step).clamp(min=1)
+        abandoned = torch.arange(situation.memory.states.shape[1]) >= settled[:, None]
+        other = replace(
+            situation.memory,
+            **{
+                field.name: torch.where(abandoned.view(*abandoned.shape, *(1,) * (held.dim() - 2)), 3.0 * held + 1.0, held)
+                for field in fields(situation.memory)
+                for held in (getattr(situation.memory, field.name),)
+            },
+        )
+        again = super().remember(replace(situation, memory=other), window)
+        for field in fields(memory):
+            assert torch.equal(getattr(again, field.name), getattr(memory, field.name)), field.name
+        self.asked += int(abandoned.any())
+        return memory
+
+
+def test_fresh_gains_learn_nothing_of_abandoned_states() -> None:
+    drafter = Disturbed(Gains())
+    free.speculative_sample(GaussianModel(), drafter, shape=(3, 8, 8), window=6, num_inference_steps=20, seed=[1, 2, 3])
+    assert drafter.asked > 3
