@@ -20,8 +20,9 @@ from free.drafters import Drafter, as_drafter
 from free.evaluation.bounds import paired_distribution_p, pairs_p, visible_shift
 from free.evaluation.innovations import Innovations
 from free.processes import ReverseProcess
+from free.sampling.keys import sample_keys
 from free.sampling.loop import Run
-from free.sampling.request import Options, Request, check_request, sample_keys
+from free.sampling.request import Options, Request, check_request
 from free.sampling.samplers import ancestral_sample
 from free.sampling.statistics import SamplingStatistics
 from free.sampling.window import Setup, evaluate, propose, settle

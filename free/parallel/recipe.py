@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from free.checks import check_count, is_int
 from free.drafters import as_drafter
 from free.parallel.formats import FORMATS, Format, Pixels
 from free.parallel.manifest import drafter_fingerprint, model_fingerprint
+from free.sampling.keys import sample_keys, uniform_label
 from free.sampling.planning import plan_window
-from free.sampling.request import DEFAULT_STEPS, Options, check_request, sample_keys
+from free.sampling.request import DEFAULT_STEPS, Options, check_request
 from free.sampling.samplers import SamplingOutput, ancestral_sample, speculative_sample
 from free.targets import DiTTarget, Target
 from free.targets.loading import digest
@@ -22,7 +22,6 @@ from free.windows import WindowPlan, check_window
 
 SAMPLERS = ("speculative", "ancestral")
 LABELS = ("uniform", "balanced")
-_LABEL_WORD = 0x6C61626C  # a second word, where a sample's key has one
 
 
 @dataclass
@@ -86,7 +85,7 @@ class Recipe:
         if self._cycle is None:
             return None
         if self.class_labels == "uniform":
-            return [_uniform(self.seed, i, len(self._cycle)) for i in samples]
+            return [uniform_label(self.seed, i, len(self._cycle)) for i in samples]
         return [self._cycle[i % len(self._cycle)] for i in samples]
 
     def configuration(self) -> dict[str, Any]:
@@ -155,8 +154,3 @@ def _cycle(class_labels: Any, target: Target) -> list[int] | None:
     if not isinstance(target, DiTTarget):
         raise ValueError(f"class_labels is {class_labels!r}, but this model does not say how many classes it has; give ints")
     return list(range(target.null_class))
-
-
-def _uniform(seed: int, sample: int, classes: int) -> int:
-    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(sample, _LABEL_WORD))
-    return int(sequence.generate_state(1, np.uint64)[0]) % classes

@@ -7,7 +7,6 @@ hands out the samples.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,9 +20,10 @@ from free.pipelines.planning import exploring_window
 from free.pipelines.rows import Layout, Rows, Timestep, plain
 from free.pipelines.target import PipelineTarget
 from free.processes import ReverseProcess
+from free.sampling.keys import keys_of_loop, keys_of_states
 from free.sampling.loop import Run, Turn
 from free.sampling.relaxation import Relaxation
-from free.sampling.request import Request, keys_of_loop
+from free.sampling.request import Request
 from free.sampling.window import Proposed, Setup, propose, settle
 from free.targets import TargetOutput
 from free.windows import Schedule, seconds_now
@@ -204,7 +204,7 @@ class Loop:
         state = sample.detach().float().flatten(1)
         if plan.seed is not None and len(plan.seed) != len(sample):
             raise ValueError(f"seed speaks of {len(plan.seed)} samples; the pipeline draws {len(sample)}")
-        keys = keys_of_loop(plan.seed if plan.seed is not None else keys_of(state), plan.number)
+        keys = keys_of_loop(plan.seed if plan.seed is not None else keys_of_states(state), plan.number)
         target = PipelineTarget(plan.networks, shape)
         plan.drafter.check(target)
         seed = torch.tensor(keys, dtype=torch.int64, device=sample.device)
@@ -343,19 +343,6 @@ class Loop:
 
     def _carry_over(self) -> None:
         self._carries_over = True
-
-
-def keys_of(state: torch.Tensor) -> list[int]:
-    """int64 keys of states [B, D]: the same for the same initial state, whatever else is in the batch; of equal states the
-    second, third … have keys of their own.
-    """
-    keys, seen = [], dict[bytes, int]()
-    for row in state.cpu().contiguous():
-        content = row.numpy().tobytes()
-        seen[content] = seen.get(content, -1) + 1
-        digest = hashlib.sha256(content + seen[content].to_bytes(8, "little")).digest()
-        keys.append(int.from_bytes(digest[:8], "little", signed=True))
-    return keys
 
 
 def steps_of(process: ReverseProcess, first: int, last: int) -> ReverseProcess:

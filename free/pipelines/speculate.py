@@ -11,6 +11,7 @@ from free.drafters import Drafter, ModelDrafter, as_drafter
 from free.pipelines.batch import MODES
 from free.pipelines.process import ProcessOptions
 from free.pipelines.speculation import Speculation
+from free.sampling.keys import check_seeds, seed_count
 from free.sampling.relaxation import Relaxation
 from free.windows import WindowPlan, check_window, schedule_of
 
@@ -93,11 +94,8 @@ def speculate(
             "use 'hold-x0' or another that leans on outputs only"
         )
     if seed is not None:
-        if not isinstance(seed, (list, tuple)) or not seed:
+        if not seed_count(seed):
             raise ValueError(f"seed is {seed!r}; allowed are ints, one a sample of each call, or None")
-        wrong = next((key for key in seed if isinstance(key, bool) or not isinstance(key, int)), None)
-        if wrong is not None:
-            raise ValueError(f"seed holds {wrong!r}; allowed are ints, one a sample")
-        seed = [(key + 2**63) % 2**64 - 2**63 for key in seed]
+        seed = check_seeds(seed, None, len(seed))
     options = ProcessOptions(variance, stochasticity, eta)
     return Speculation(pipe, schedule, drafter, relaxation, seed, options, impl, mode)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from free.checks import check_count, check_number, is_int, on_cpu
+from free.checks import check_count, check_number, on_cpu
 from free.drafters import Drafter
 from free.processes import ReverseProcess
+from free.sampling.keys import check_seeds, pilot_keys, seed_count
 from free.sampling.sharing import COMPILER, exclusively, shared_by
 from free.targets import Target, as_target
 from free.targets.base import has_rows
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 Callback = Callable[[Any, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], Any]
 
 DEFAULT_STEPS = 250
-# two words or more, where a sample's derived key has one: no batch is so large that its keys could be these
-_PILOTS = (0x70696C6F, 1)
-_LATER_LOOPS = (0x6C6F6F70, 1)
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,8 +64,7 @@ class Request:
         No choice may have seen a noise of the key that it is made for. Each row has another key, also where two rows of
         the request share one.
         """
-        keys = [_derived((key % 2**64, row), _PILOTS) for row, key in enumerate(self.keys)]
-        return replace(self, seed=torch.tensor(_signed(keys), dtype=torch.int64, device=self.seed.device))
+        return replace(self, seed=torch.tensor(pilot_keys(self.keys), dtype=torch.int64, device=self.seed.device))
 
     @contextmanager
     def running(
@@ -169,7 +166,7 @@ def check_samples(target: Target, process: ReverseProcess, guidance_scale: float
     # every argument that speaks of a number of samples must speak of the same one
     spoken = {
         "num_samples": num_samples,
-        "seed": _seed_count(options.seed),
+        "seed": seed_count(options.seed),
         "generator": len(options.generator) if isinstance(options.generator, (list, tuple)) else None,
         "latents": None if latents is None else len(latents),
     }
@@ -255,66 +252,3 @@ def _device(target: Target, latents: torch.Tensor | None, conditioning: dict[str
     if latents is not None:
         return latents.device
     return next((value.device for value in conditioning.values() if has_rows(value)), torch.device("cpu"))
-
-
-def _seed_count(seed: Any) -> int | None:
-    """How many samples a seed speaks of: None for one integer, or none at all."""
-    if seed is None or is_int(seed):
-        return None
-    try:
-        return len(seed)
-    except TypeError:
-        raise ValueError(f"seed is {seed!r}; allowed is an int, or one int a sample") from None
-
-
-def check_seeds(
-    seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> list[int]:
-    """One 64-bit key a sample, as signed integers."""
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator are both given; give one of them")
-    if seed is None:
-        generators: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch
-        for one in generators:
-            if one is not None and not isinstance(one, torch.Generator):
-                raise ValueError(f"generator holds a {type(one).__name__}; allowed are torch.Generator, one or one a sample")
-        return [
-            int(torch.randint(2**63 - 1, (), generator=one, device=one.device if one is not None else "cpu"))
-            for one in generators
-        ]
-    if is_int(seed):
-        return sample_keys(_check_seed(seed), range(batch))
-    return _signed([_check_seed(key) for key in cast("Sequence[int]", seed)])
-
-
-def sample_keys(seed: int, samples: Iterable[int]) -> list[int]:
-    """The keys, signed 64 bits, that samples of these numbers have under an int seed, however many others are drawn.
-
-    The first key is the seed itself, so that ``seed=7`` and ``seed=[7]`` agree; the others are shared with no other seed.
-    """
-
-    return _signed([seed if i == 0 else _derived(seed % 2**64, (i,)) for i in samples])
-
-
-def keys_of_loop(keys: Sequence[int], loop: int) -> list[int]:
-    """The keys that samples of these have in the ``loop``-th chain (0 is the first) of a call that runs several.
-
-    A later chain may depend on what an earlier one made, so that the noise of that one is not new to it.
-    """
-    return list(keys) if loop == 0 else _signed([_derived(key % 2**64, (*_LATER_LOOPS, loop)) for key in keys])
-
-
-def _derived(entropy: int | tuple[int, ...], words: tuple[int, ...]) -> int:
-    """64 bits that no other words make of any entropy, nor these of another."""
-    return int(np.random.SeedSequence(entropy, spawn_key=words).generate_state(1, np.uint64)[0])
-
-
-def _signed(keys: Sequence[int]) -> list[int]:
-    """The same 64 bits as int64 has them."""
-    return [(key + 2**63) % 2**64 - 2**63 for key in keys]
-
-
-def _check_seed(key: Any) -> int:
-    if not is_int(key):
-        raise ValueError(f"seed holds {key!r}; allowed are ints, one a sample")
-    return int(key)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import free
-from free.pipelines.loop import keys_of
+from free.sampling.keys import keys_of_states
 from free_kernels import normal
 from tests.pipelines.cases import CASES
 from tests.pipelines.parts import Case, assemble, ddpm
@@ -82,9 +82,9 @@ def test_the_law_does_not_depend_on_the_window() -> None:
 
 def test_keys_are_of_the_latents_alone_and_equal_latents_have_keys_of_their_own() -> None:
     states = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    keys = keys_of(states)
-    assert keys_of(states[2:]) == keys[2:]
-    repeated = keys_of(states[[1, 1, 0, 1]])
+    keys = keys_of_states(states)
+    assert keys_of_states(states[2:]) == keys[2:]
+    repeated = keys_of_states(states[[1, 1, 0, 1]])
     assert repeated[0] == keys[1]
     assert repeated[2] == keys[0]
     assert len(set(repeated)) == 4
@@ -117,7 +117,7 @@ def test_rounds_on_the_digits_are_those_of_the_sampler(drafter: str) -> None:
         process=process,
         window=8,
         latents=latents,
-        seed=keys_of(latents.flatten(1)),
+        seed=keys_of_states(latents.flatten(1)),
     )
     pipe = assemble("DiTPipeline", transformer=model, vae=Passing().eval(), scheduler=ddpm())
     pipe.set_progress_bar_config(disable=True)

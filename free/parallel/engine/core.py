@@ -26,10 +26,11 @@ from free.parallel.engine.rounds import Rounds
 from free.processes import ReverseProcess
 from free.sampling.capture import Graphs, wants_capture
 from free.sampling.company import check_alike, own
+from free.sampling.keys import check_seeds
 from free.sampling.loop import NonFiniteOutputError
 from free.sampling.planning import load_window
 from free.sampling.relaxation import Relaxation
-from free.sampling.request import DEFAULT_STEPS, Options, Request, check_model, check_samples, check_seeds, check_shape
+from free.sampling.request import DEFAULT_STEPS, Options, Request, check_model, check_samples, check_shape
 from free.sampling.window import Setup
 from free.windows import WINDOWS, LoadWindow, Schedule, WindowPlan, check_load, check_window, schedule_of
 from free_kernels.dispatch import resolve
