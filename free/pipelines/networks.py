@@ -145,6 +145,11 @@ class Network:
         """A value of the conditioning, nested or not, with a row for each state."""
 
         def change(values: torch.Tensor) -> torch.Tensor:
+            if isinstance(values, Timestep) and bool((values.each != values.each[0]).any()):
+                raise UnsupportedPipelineError(
+                    f"{self.name} is given what the pipeline made of the timestep as {name!r}, in which the states of a "
+                    "round differ; it cannot be speculated"
+                )
             if isinstance(values, (Rows, Timestep)):
                 return plain(values)
             if name in _POSITIONS and values.dim() < 3:
@@ -173,14 +178,14 @@ class Network:
 
     def _timestep(self, given: Any, layout: Layout, groups: int, inner: int) -> torch.Tensor:
         """Each row's own timestep, as the pipeline would have made it."""
-        if isinstance(given, Timestep):
+        if isinstance(given, Timestep) and given.each.dim() == 1:
             return given.each.repeat(groups).repeat_interleave(inner)
         rows = groups * len(layout) * inner
         if isinstance(given, Rows):
             if len(given) == rows:
                 return plain(given)
             return plain(given)[: len(layout)].repeat(groups).repeat_interleave(inner)
-        given = torch.as_tensor(given)
+        given = plain(given) if isinstance(given, torch.Tensor) else torch.as_tensor(given)
         self.recipes = self._fitting(given, layout.shown)
         own = layout.timestep.repeat(groups).repeat_interleave(inner)
         made = [recipe(own, given.dtype) for recipe in self.recipes]

@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "gligen_scheduled_sampling_beta": (_one, "1", "grounding ends by the number of the step"),
     "cfg_interval_start": (_zero, "0", "guidance begins by the number of the step"),
     "cfg_interval_end": (_one, "1", "guidance ends by the number of the step"),
+    "scaling_watershed": (_one, "1", "rotary embeddings change by the timestep as a number"),
     "use_kv_cache": (_zero, "False", "keys and values of the first step are kept for its rows"),
 }
 """Argument of a call: what is allowed, in words, and why the rest is not."""
@@ -51,6 +52,7 @@ PIPELINES: dict[str, str] = {
     "Cosmos": "it scales the network's input and output by sigmas[i], i being the number of the step",
     "LTX2": "two schedulers, of pictures and of sound, have to go at one pace",
     "StableVideoDiffusion": "its scheduler is EDM's in continuous time, with a network preconditioned by it",
+    "BriaFibo2": "where its caption has text it stops guiding by the timestep as a number",
     "LEditsPP": "it edits by the number of the step",
     "StableDiffusionLatentUpscale": "it preconditions the network by sigmas[i], i being the number of the step",
     "AnyFlow": "its network is told where the step ends, by the number of the step",

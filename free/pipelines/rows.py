@@ -71,15 +71,15 @@ class Rows(torch.Tensor):
 
 
 class Timestep(torch.Tensor):
-    """A round's timestep as a pipeline's loop sees it: one number, [] or [1], that stands for one a state.
+    """A round's timestep as a pipeline's loop sees it, or what it made of that alone: one that stands for one a state.
 
-    What a pipeline makes of it by arithmetic is made of each state's own, and what it expands to a vector has each state's
-    in it. Comparisons must have one answer for all states.
+    What a pipeline makes of it, by arithmetic or from a table, is made of each state's own, and what it expands to a vector
+    has each state's in it. What decides must have one answer for all states.
     """
 
     place: Layout
     each: torch.Tensor
-    """[n]: each state's."""
+    """Each state's: [n] of a number in whatever shape, else [n, *shape]."""
 
     @classmethod
     def of(cls, shown: torch.Tensor, each: torch.Tensor, layout: Layout) -> Timestep:
@@ -133,6 +133,13 @@ def _methods(*names: str) -> set[Any]:
 
 
 _COMPARISONS = _methods("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "lt", "le", "gt", "ge", "eq", "ne")
+_ELEMENTWISE = _methods(
+    "add", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "mul", "__rmul__", "div", "__truediv__", "__rtruediv__",
+    "__rdiv__", "__floordiv__", "floor_divide", "pow", "__pow__", "__rpow__", "neg", "__neg__", "abs", "__abs__", "sqrt",
+    "rsqrt", "square", "reciprocal", "exp", "log", "sin", "cos", "sigmoid", "clamp", "round", "floor", "ceil", "to", "type",
+    "type_as", "float", "half", "bfloat16", "double", "long", "int", "clone", "detach", "contiguous", "cpu", "cuda",
+)  # fmt: skip
+"""Of a number each; others are asked state by state."""
 _EXPANSIONS = _methods("expand", "repeat", "tile")
 _SHAPES = _methods("__getitem__", "unsqueeze", "squeeze", "view", "reshape", "flatten", "ravel")
 _ALONG_ROWS = _methods("cat", "concat", "chunk", "split", "tensor_split", "narrow", "repeat", "tile", "__getitem__")
@@ -165,8 +172,13 @@ def _for(leader: Rows, values: torch.Tensor) -> torch.Tensor:
     if isinstance(values, Rows):
         return plain(values) if values.place is leader.place else _take_over(values, leader.place)
     if isinstance(values, Timestep):
-        own = values.each.repeat(leader.groups).repeat_interleave(leader.inner_rows)
-        return own.to(leader.device).view(-1, *(1,) * (leader.dim() - 1))
+        own = values.each
+        if own.dim() > leader.dim():  # it has the axis of rows itself
+            if values.shape[0] != 1 or values.dim() != leader.dim():
+                raise UnsupportedPipelineError(_SEVERAL)
+            own = own[:, 0]
+        own = own.repeat(leader.groups, *(1,) * (own.dim() - 1)).repeat_interleave(leader.inner_rows, 0).to(leader.device)
+        return own.view(-1, *(1,) * (leader.dim() - own.dim()), *own.shape[1:])
     if isinstance(values, torch.nn.Parameter) or values.dim() != leader.dim() or not values.dim():
         return values
     layout, groups = leader.place, leader.groups
@@ -233,33 +245,51 @@ def _keeps_rows(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def _of_timesteps(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func`` where no rows take part: of what the loop's timestep stands for."""
-    found = next(values for values in tensors_in((args, kwargs)) if isinstance(values, Timestep))
-    layout = found.place
+    """``func`` where no rows take part: of what the loop's timestep stands for.
+
+    Raises:
+        UnsupportedPipelineError: what decides, or is more than a number, would differ from state to state.
+    """
+    found = [values for values in tensors_in((args, kwargs)) if isinstance(values, Timestep)]
+    layout, of_numbers = found[0].place, all(values.each.dim() == 1 for values in found)
     result = func(*change_tensors(args, plain), **change_tensors(kwargs, plain))
-
-    def of_each() -> torch.Tensor:
-        def values_of(values: torch.Tensor) -> torch.Tensor:
-            return values.each if isinstance(values, Timestep) else values
-
-        return func(*change_tensors(args, values_of), **change_tensors(kwargs, values_of))
-
-    if not isinstance(result, torch.Tensor):
+    decides = isinstance(result, bool) or func in _COMPARISONS
+    if not isinstance(result, torch.Tensor) and not decides:
         return result
-    if func in _COMPARISONS:
-        if result.dim() == 0:
-            answers = of_each()
-            if not bool((answers == answers[0]).all()):
-                raise UnsupportedPipelineError(
-                    "the pipeline decides by the timestep, and the states of a round differ in it; it cannot be speculated"
-                )
+    number = isinstance(result, torch.Tensor) and result.numel() == 1
+    if of_numbers and not decides:
+        each = found[0].each
+        if func in _EXPANSIONS and result.shape[0] % len(layout) == 0:
+            each = each.repeat(result.shape[0] // len(layout))
+            return Rows.of(each.view(-1, *(1,) * (result.dim() - 1)).expand(result.shape), layout)
+        if number and func in _SHAPES and args[0] is found[0]:
+            return Timestep.of(result, each, layout)
+        if number and func in _ELEMENTWISE:
+            each = func(*change_tensors(args, _each_of), **change_tensors(kwargs, _each_of))
+            return Timestep.of(result, each.flatten(), layout)
+
+    answers = [_at_state(func, args, kwargs, state) for state in range(len(layout))]
+    if decides:
+        same = all(answer == result if isinstance(result, bool) else torch.equal(answer, result) for answer in answers)
+        if not same:
+            raise UnsupportedPipelineError(
+                "the pipeline decides by the timestep, and the states of a round differ in it; it cannot be speculated"
+            )
         return result
-    if func in _EXPANSIONS:
-        size = result.shape[0]
-        if size % len(layout):
-            return result
-        values = found.each.repeat(size // len(layout)).view(-1, *(1,) * (result.dim() - 1)).expand(result.shape)
-        return Rows.of(values, layout)
-    if result.numel() != 1 or result.dim() > 1:
-        return result
-    return Timestep.of(result, found.each if func in _SHAPES else of_each(), layout)
+    return Timestep.of(result, torch.stack([answer.reshape(()) if number else answer for answer in answers]), layout)
+
+
+_SEVERAL = "the pipeline makes rows of the timestep, in which the states of a round differ; it cannot be speculated"
+
+
+def _each_of(values: torch.Tensor) -> torch.Tensor:
+    return values.each if isinstance(values, Timestep) else values
+
+
+def _at_state(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: int) -> Any:
+    """``func`` as the pipeline would have called it at one state of the round."""
+
+    def own(values: torch.Tensor) -> torch.Tensor:
+        return values.each[state].view(values.shape) if isinstance(values, Timestep) else values
+
+    return func(*change_tensors(args, own), **change_tensors(kwargs, own))

@@ -33,6 +33,7 @@ def test_arguments_of_the_call() -> None:
         "gligen_scheduled_sampling_beta": 0.3,
         "cfg_interval_start": 0.2,
         "cfg_interval_end": 0.9,
+        "scaling_watershed": 0.5,
         "use_kv_cache": True,
     }
     assert wrong.keys() == ARGUMENTS.keys()

@@ -117,3 +117,74 @@ def test_a_network_is_told_each_row_its_own_where_a_number_arrives(made: str) ->
     torch.testing.assert_close(torch.Tensor(told), expected, check_dtype=False)
     assert torch.equal(torch.Tensor(extra[0]), OF_SAMPLES[SAMPLE])
     assert torch.equal(extra[1], torch.zeros(2))
+
+
+# --- what a pipeline makes of the timestep ------------------------------------------------------------------------------
+
+
+def timestep() -> Timestep:
+    place = layout()
+    return Timestep.of(place.shown.clone(), place.timestep, place)
+
+
+def test_a_number_made_of_the_timestep_is_made_of_each_states_own() -> None:
+    t, each, table = timestep(), layout().timestep, torch.linspace(0, 1, 1000)
+    for made, expected in (
+        (table[t], table[each]),
+        (table[t][None], table[each]),
+        (table.index_select(0, t.reshape(1)), table[each]),
+        ((1 - t / 1000) ** 2, (1 - each / 1000) ** 2),
+        (2.0 ** (t / 1000), 2.0 ** (each / 1000)),
+        (t.view(1, 1, 1).float().sqrt(), each.float().sqrt()),
+        (t.reshape(1).float().mean(), each.float()),
+        (torch.cat((t.view(1), torch.tensor([5]))).max(), each),
+        ((t[None] * torch.tensor([1.0, 2.0]))[1], 2.0 * each),
+    ):
+        assert isinstance(made, Timestep)
+        assert made.numel() == 1
+        torch.testing.assert_close(made.each, expected)
+        met = made.view(1, 1) * rows()
+        assert isinstance(met, Rows)
+        torch.testing.assert_close(torch.Tensor(met), expected[:, None] * STATES)
+
+
+def test_several_numbers_made_of_the_timestep_are_each_states_own() -> None:
+    t, each, frequencies = timestep(), layout().timestep, torch.tensor([1.0, 0.1, 0.01, 0.0])
+    table = torch.randn(1000, 4)
+    for made, expected in (
+        (torch.cos(t * frequencies), torch.cos(each[:, None] * frequencies)),
+        (table[t], table[each]),
+        ((t * frequencies)[None], each[:, None] * frequencies),
+    ):
+        torch.testing.assert_close(torch.Tensor(rows() + made), STATES + expected)
+    with pytest.raises(UnsupportedPipelineError, match="rows of the timestep"):
+        rows() * (t * torch.ones(5, 1))
+    with pytest.raises(UnsupportedPipelineError, match="rows of the timestep"):
+        rows() * t.expand(3).view(3, 1)
+
+
+def test_what_decides_by_the_timestep_has_one_answer() -> None:
+    t, table = timestep(), torch.linspace(0, 1, 1000)
+    low, high = torch.tensor([0, 1]), torch.tensor([500, 700])
+    for decide in (
+        lambda: t > 600, lambda: t[None] > 600, lambda: t.view(1, 1) > 600, lambda: bool(table[t] > 0.6), lambda: t > high,
+        lambda: torch.isin(t, high).any().item(), lambda: bool(torch.where(table[t] > 0.6, 1.0, 0.0)),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedPipelineError, match="decides by the timestep"):
+            decide()
+    assert t > 100
+    assert t[None] <= 900
+    assert (t > low).all()
+    assert bool(t)
+
+
+def test_what_is_made_of_the_timestep_is_no_conditioning() -> None:
+    class Guided(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    network, t = Network("transformer", Guided(), 1000), timestep()
+    call = {"hidden_states": rows(), "timestep": t}
+    network(Guided(), (), {**call, "guidance": torch.tensor(3.5)})
+    with pytest.raises(UnsupportedPipelineError, match="made of the timestep as 'guidance'"):
+        network(Guided(), (), {**call, "guidance": t / 1000})
