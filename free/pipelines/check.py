@@ -25,7 +25,7 @@ from free.windows import WindowPlan
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Worst error over the largest output that a batch of another size explains, by dtype."""
 
 
@@ -36,13 +36,14 @@ class PipelineCheck:
     pipeline: str
     """Its class."""
     error: torch.Tensor
-    """float32 [S]: worst absolute error of each step's guided output, over the samples; NaN where nothing was compared."""
+    """float32 [S]: worst absolute error of each step's guided output, over the samples, of each loop of the call one after
+    the other; NaN where the untouched pipeline was not seen to go."""
     scale: float
     """The largest output."""
     tolerance: float
     """Of the worst error over the scale."""
     stats: SamplingStatistics | None
-    """Of the speculative run."""
+    """Of the speculative run, its last loop."""
     refused: str = ""
     """Why the pipeline was refused, if it was."""
 
@@ -60,6 +61,9 @@ class PipelineCheck:
         if self.refused:
             return f"{self.pipeline} cannot be speculated: {self.refused}"
         verdict = "may be speculated" if self.passed else "cannot be speculated: its rows do not meet what they met before"
+        missing = int(self.error.isnan().sum())
+        if missing:
+            verdict = f"cannot be speculated: it leaves out {missing} of the steps that were settled"
         assert self.stats is not None
         return (
             f"{self.pipeline} {verdict}: worst error {self.worst_error:.2g} at scale {self.scale:.2g} over "
@@ -101,11 +105,11 @@ def check_pipeline(
     call = {name: value for name, value in call.items() if name not in ("callback", "callback_on_step_end")}
     generators = [value for value in _flat(call.get("generator")) if isinstance(value, torch.Generator)]
     name = type(pipe).__name__
-    record = _Record()
+    record = _Records()
     with _repeatable(generators):
         try:
             with speculate(pipe, window=window, mode=mode, drafter=drafter) as run:
-                run.watch = record.enter
+                run.watch = lambda *of_round: record.enter(run.loops_before, *of_round)
                 pipe(**call)
                 stats = run.stats
         except UnsupportedPipelineError as error:
@@ -127,6 +131,18 @@ def check_pipeline(
     if verbose:
         print(result)
     return result
+
+
+class _Records:
+    """Of each loop of a call."""
+
+    def __init__(self) -> None:
+        self.loops: list[_Record] = []
+
+    def enter(self, loops_before: int, *of_round: Any) -> None:
+        while len(self.loops) <= loops_before:
+            self.loops.append(_Record())
+        self.loops[loops_before].enter(*of_round)
 
 
 @dataclass
@@ -151,42 +167,55 @@ class _Record:
         for row, sample in enumerate(live.index.tolist()):
             self.states[sample, int(live.step[row])] = live.state[row].clone()
 
+    @property
+    def steps(self) -> int:
+        """How many were settled."""
+        return 1 + max(step for _, step in self.answers)
+
     def at(self, values: dict[tuple[int, int], torch.Tensor], step: int) -> torch.Tensor:
         """[B, *sample shape] of one step."""
         return torch.stack([values[sample, step] for sample in range(self.batch)]).view(-1, *self.shape)
 
 
 class _Replay:
-    """Drives a pipeline's own loop, a step a step, along recorded states."""
+    """Drives a pipeline's own loops, a step a step, along recorded states."""
 
-    def __init__(self, record: _Record) -> None:
-        self.record = record
-        self.errors: list[float] = []
+    def __init__(self, records: _Records) -> None:
+        self.records = iter(records.loops)
+        self.record: _Record | None = None
+        self.errors = [[float("nan")] * record.steps for record in records.loops]
+        """Of each loop's steps."""
+        self._loop, self._taken = -1, 0
         self.scale, self.dtype = 0.0, torch.float32
         self.iterating = False
 
     @property
     def error(self) -> torch.Tensor:
-        return torch.tensor(self.errors)
+        return torch.tensor([error for loop in self.errors for error in loop])
 
     @property
     def in_rounds(self) -> bool:
-        return bool(self.errors)
+        return self._taken > 0
 
     def iterate(self, timesteps: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
-        self.iterating = True
+        self.iterating, self.record, self._taken = True, next(self.records, None), 0
+        self._loop += 1
         yield from timesteps
-        self.iterating = False
+        self.iterating, self._taken = False, 0
 
     def step(self, model_output: torch.Tensor, sample: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        step, record = len(self.errors), self.record
+        step, record = self._taken, self.record
+        if record is None or step >= record.steps:
+            raise RuntimeError("the pipeline does not repeat itself: it takes more steps in the second call")
         self.dtype = sample.dtype
         copies, rest = divmod(len(sample), record.batch)
-        expected = record.at(record.states, step).to(sample)
-        if rest or (step == 0 and not torch.equal(sample[: record.batch], expected)):
+        expected = record.at(record.states, step)
+        # states are kept in float32, whatever the pipeline's dtype
+        if rest or (step == 0 and not torch.equal(sample[: record.batch].float(), expected.to(sample).float())):
             raise RuntimeError("the pipeline does not repeat itself: its initial latents are others in the second call")
         answer = model_output[: record.batch].float()
-        self.errors.append(float((answer - record.at(record.answers, step).to(answer)).abs().max()))
+        self.errors[self._loop][step] = float((answer - record.at(record.answers, step).to(answer)).abs().max())
+        self._taken += 1
         self.scale = max(self.scale, float(answer.abs().max()))
         return torch.cat([record.at(record.states, step + 1).to(sample)] * copies)
 

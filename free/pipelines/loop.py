@@ -126,6 +126,7 @@ class Loop:
         """Whether the latents are the states of a round."""
         return self.run is not None
 
+    @torch.no_grad()
     def step(self, model_output: torch.Tensor, sample: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """Settle the round that ``model_output`` answers; the next round's states, or the samples.
 

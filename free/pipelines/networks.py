@@ -18,7 +18,10 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 _ROUNDING = 2.0**-7
 """Between one order of operations and another, in the coarsest dtype."""
-_WITHOUT_ROWS = ("image_rotary_emb", "freqs_cis", "ip_adapter_masks", "rope_interpolation_scale")
+_WITHOUT_ROWS = (
+    "image_rotary_emb", "freqs_cis", "ip_adapter_masks", "rope_interpolation_scale", "visual_rope_pos", "text_rope_pos",
+    "control_hidden_states_scale",
+)  # fmt: skip
 """Arguments of one value for all samples, whatever their shape."""
 _ROWS_SECOND = ("encoder_hidden_states_llama3",)
 """Arguments [layers, samples, ...]."""

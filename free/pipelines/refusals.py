@@ -120,6 +120,15 @@ def check_blending(pipe: Any, arguments: dict[str, Any]) -> None:
         )
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise for a scheduler that a pipeline treats in a way of its own."""
+    if "CogVideoXDPM" in type(scheduler).__name__:
+        raise UnsupportedPipelineError(
+            "scheduler is a CogVideoXDPMScheduler, which pipelines hand their last estimate and the timestep before, looked "
+            "up by the number of the step; while speculating allowed is a CogVideoXDDIMScheduler, or another"
+        )
+
+
 GUIDERS = ("ClassifierFreeGuidance", "TangentialClassifierFreeGuidance")
 """Those whose guidance is a function of the two answers alone."""
 

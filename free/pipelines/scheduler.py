@@ -58,7 +58,8 @@ def driven(scheduler: Any, driver: StepDriver) -> Any:
         return SchedulerOutput(prev_sample=latents) if arguments.get("return_dict", True) else (latents,)
 
     def scale_model_input(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return sample if driver.in_rounds else own.scale_model_input(self, sample, *args, **kwargs)
+        # some pipelines ask whether the scheduler is of one exact class, and take one of another for one that scales
+        return own.scale_model_input(self, sample, *args, **kwargs) if scales and not driver.in_rounds else sample
 
     def copied(self: Any, memo: Any) -> Any:
         raise UnsupportedPipelineError(
@@ -69,12 +70,11 @@ def driven(scheduler: Any, driver: StepDriver) -> Any:
     members: dict[str, Callable[..., Any] | str] = {
         "set_timesteps": set_timesteps,
         "step": step,
+        "scale_model_input": scale_model_input,
         "__deepcopy__": copied,
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
     }
-    if scales:
-        members["scale_model_input"] = functools.wraps(own.scale_model_input)(scale_model_input)
     replaced: Any = object.__new__(type(own.__name__, (own,), members))
     replaced.__dict__.update(scheduler.__dict__)
     return replaced

@@ -20,16 +20,15 @@ from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
 from free.pipelines.process import ProcessOptions, process_of
-from free.pipelines.refusals import check_arguments, check_blending, check_guiders, check_pipeline_class
+from free.pipelines.refusals import check_arguments, check_blending, check_guiders, check_pipeline_class, check_scheduler
 from free.pipelines.rows import change_tensors, plain
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
 from free.processes import ReverseProcess
-from free.sampling.loop import Run
 from free.sampling.relaxation import Relaxation
 from free.sampling.sharing import exclusively
 from free.sampling.statistics import SamplingStatistics
-from free.windows import Schedule
+from free.windows import Schedule, together
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -43,9 +42,13 @@ class _Past:
     keys: frozenset[int] = frozenset()
     spent: torch.Tensor | None = None
     """float64 [B, 3]: what relaxation has cost the samples so far."""
+    left: bool = False
+    """Whether one of them was left before its samples were finished."""
 
-    def after(self, run: Run) -> _Past:
-        return _Past(self.loops + 1, self.keys.union(run.setup.request.keys), run.account.spent)
+    def after(self, loop: Loop) -> _Past:
+        assert loop.run is not None
+        left = self.left or (loop.run.unfinished and not loop.interrupted)
+        return _Past(self.loops + 1, self.keys.union(loop.run.setup.request.keys), loop.run.account.spent, left)
 
 
 class Speculation:
@@ -153,6 +156,7 @@ class Speculation:
             if self._own_scheduler is not None:
                 raise RuntimeError("pipe is called within its own call; calls of a speculated pipeline go one by one")
             own = pipe.scheduler
+            check_scheduler(own)
             self.scheduler, steps = driven(own, self), own.config.get("num_train_timesteps", 1000)
             self._arguments, self._own_scheduler = arguments, own
             during.callback(self._end_call)
@@ -163,6 +167,11 @@ class Speculation:
             for network in self._networks:
                 during.enter_context(network.wrapped(self._shown_first))
             yield
+            if self._past.left:
+                raise UnsupportedPipelineError(
+                    "the pipeline left its loop before its samples were finished, and has drafts in their place; it cannot be "
+                    "speculated"
+                )
 
     def _shown_first(self) -> torch.Tensor | None:
         """The timestep of a first round under way, in which all rows have the same."""
@@ -195,12 +204,17 @@ class Speculation:
                 stats.total_seconds = time.perf_counter() - begin
                 stats.seconds["target"] = stats.total_seconds - stats.seconds["draft"] - stats.seconds["verification"]
                 stats.sampler = self._sampler
-                stats.keys = loop.run.schedule.keys.union(loop.run.setup.request.keys, self._past.keys)
+                stats.keys = together(loop.run.schedule.keys, loop.run.setup.request.keys, self._past.keys)
                 self.history.append(stats)
         finally:
             if loop.run is not None:
-                self._past = self._past.after(loop.run)
+                self._past = self._past.after(loop)
             self._loop = None
+
+    @property
+    def loops_before(self) -> int:
+        """How many loops the call under way has had."""
+        return self._past.loops
 
     def _setting(self) -> Hashable:
         """Of a call under way: what its networks were shown in the first round, and how they are guided."""
@@ -215,6 +229,7 @@ class Speculation:
             if arguments.get(name, default) != default:
                 raise UnsupportedPipelineError(f"the pipeline gives scheduler.step {name}, which cannot be speculated")
         options = self.options.of_call(arguments.get("eta") or 0.0)
+        self._check_clipped_noise(options, arguments)
         self.process, self._sampler = process_of(as_set(self.scheduler, type(self._own_scheduler)), options)
         if self._sampler not in self._said:
             # once is enough, where it is another process than the pipeline's own
@@ -222,6 +237,16 @@ class Speculation:
             if "deterministic" in self._sampler:
                 warnings.warn(self._sampler, UserWarning, stacklevel=2)
         return self.process
+
+    def _check_clipped_noise(self, options: ProcessOptions, arguments: dict[str, Any]) -> None:
+        """DDIM's step keeps the noise that the network saw, where x0 is clipped, unless it is told to follow x0."""
+        clips = "DDIM" in type(self._own_scheduler).__name__ and self.scheduler.config.get("clip_sample", False)
+        if clips and options.eta and not arguments.get("use_clipped_model_output"):
+            raise UnsupportedPipelineError(
+                f"the scheduler clips the estimate of x0, of which DDIM's step with eta {options.eta} keeps the noise as it "
+                "was: no table has that; allowed are use_clipped_model_output=True in the call, clip_sample=False in the "
+                "scheduler's configuration, or no eta"
+            )
 
     def _copies(self) -> int:
         """How often the samples are in the latents: the class-conditional DiT's guidance doubles them before the loop."""

@@ -25,7 +25,7 @@ from free.sampling.window import Setup
 from free.targets import KnownEntries, Target, as_target
 from free.targets.base import has_rows
 from free.targets.known import KNOWN
-from free.windows import Schedule, WindowPlan, check_window, schedule_of
+from free.windows import KeyLog, Schedule, WindowPlan, check_window, schedule_of, together
 from free.windows.automatic import MOST_KEYS
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Sampler:
         self.stats: SamplingStatistics | None = None
         """Of the last call."""
         self._previous: torch.Tensor | None = None
-        self._seen: set[int] = set()
+        self._seen = KeyLog()
         self.shift = None if shift is None else check_count("shift", shift, least=0)
         if conditioning is not None:
             self._make(conditioning)
@@ -166,7 +166,7 @@ class Sampler:
         """Begin the next call without the last sample, as an episode begins."""
         with self._turn:
             self._previous = None
-            self._seen.clear()
+            self._seen = KeyLog()
 
     def _make(self, conditioning: dict[str, Any], latents: torch.Tensor | None = None) -> _Made:
         """Check, plan, and draw once, so that nothing is met for the first time by a call.
@@ -237,9 +237,9 @@ class Sampler:
             return None
         keys, last = set(request.keys), self._previous
         if last is None or not self._seen.isdisjoint(keys) or len(self._seen) + len(keys) > MOST_KEYS:
-            self._previous, self._seen = None, keys
+            self._previous, self._seen = None, KeyLog(keys)
             return None
-        self._seen |= keys
+        self._seen.add(keys)
         # the last row stands for those that follow it
         moved = torch.cat((last[:, self.shift :], last[:, -1:].expand(-1, self.shift, *last.shape[2:])), 1)
         return (request.target.unknown(moved) if isinstance(request.target, KnownEntries) else moved).flatten(1)
@@ -274,7 +274,8 @@ class Sampler:
                 for _ in run.turns(made.schedule, int(setup.static_shapes), guess):
                     pass
                 self.stats = run.finish()
-            self.stats.keys = made.schedule.keys.union(request.keys, self._seen)  # as its guess has
+            # the guess has heard all of those
+            self.stats.keys = together(self._seen.heard(), request.keys, made.schedule.keys)
             self.stats.total_seconds = time.perf_counter() - begin
             samples = run.state.unflatten(1, request.sample_shape)
         if isinstance(request.target, KnownEntries):

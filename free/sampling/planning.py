@@ -24,6 +24,7 @@ from free.windows import (
     WINDOWS,
     AutoWindow,
     Experience,
+    KeyLog,
     LoadWindow,
     Measurements,
     RoundSeconds,
@@ -93,7 +94,7 @@ def plan_window(
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             tested, accepted = statistics.tested.astype(float), statistics.accepted.astype(float)
-            experience = Experience(tested, accepted, keys=set(statistics.keys))
+            experience = Experience(tested, accepted, keys=KeyLog(statistics.keys))
         else:
             experience = Experience.none(steps)
         seconds, ranks = round_seconds(setup, graphs), request.target.ranks

@@ -23,7 +23,7 @@ from free.sampling.relaxation import Relaxation
 from free.sampling.request import DEFAULT_STEPS, Callback, Options, Request, check_request
 from free.sampling.statistics import SamplingStatistics, Stopwatch
 from free.sampling.window import Setup
-from free.windows import WINDOWS, WindowPlan, check_window, schedule_of
+from free.windows import WINDOWS, WindowPlan, check_window, schedule_of, together
 from free_kernels import NOISE_STREAM, normal
 from free_kernels.dispatch import resolve
 
@@ -157,7 +157,7 @@ def speculative_sample(
             bar.update(int(turn.known.step.sum()) - bar.n)
             bar.set_postfix_str(f"efficiency {bar.n / max(1, int(turn.known.rounds.sum())):.2f}", refresh=False)
         stats = run.finish()
-        stats.keys = schedule.keys.union(request.keys)
+        stats.keys = together(schedule.keys, request.keys)
     stats.total_seconds = time.perf_counter() - begin
     return result.output(stats)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +144,7 @@ class SamplingStatistics:
     """Wall seconds of the whole call."""
     sampler: str = ""
     """What was sampled, where the caller did not name it: of a pipeline, what its scheduler stands for."""
-    keys: frozenset[int] = frozenset()
+    keys: Set[int] = frozenset()
     """Of the samples, and of those that their windows were chosen by: what follows from these statistics has seen their
     noise, and may choose nothing for them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -121,9 +122,17 @@ class Target(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model takes as input: its parameters' floating dtype, or float32."""
-        parameter = self._parameter()
-        return torch.float32 if parameter is None else parameter.dtype
+        """What the model takes as input: the dtype that it says it has, as diffusers' models do, which keep some parameters
+        in another; else that of most of its floating parameters; float32 if there are none.
+        """
+        said = getattr(self.module, "dtype", None)
+        if isinstance(said, torch.dtype) and said.is_floating_point and self._parameter() is not None:
+            return said
+        numbers: Counter[torch.dtype] = Counter()
+        for parameter in () if self.module is None else self.module.parameters():
+            if parameter.is_floating_point():
+                numbers[parameter.dtype] += parameter.numel()
+        return numbers.most_common(1)[0][0] if numbers else torch.float32
 
     def _parameter(self) -> torch.nn.Parameter | None:
         if self.module is None:

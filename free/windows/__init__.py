@@ -2,6 +2,7 @@
 
 from free.windows.automatic import AutoWindow, ChosenWindow, Experience, expected_advance
 from free.windows.exploring import ExploringWindow, TimedExperience
+from free.windows.heard import HeardKeys, KeyLog, together
 from free.windows.load import LoadWindow, check_load
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan, check_window, schedule_of
 from free.windows.timing import Measurements, RoundSeconds, by_window, seconds_now
@@ -13,6 +14,8 @@ __all__ = [
     "Experience",
     "ExploringWindow",
     "FixedWindow",
+    "HeardKeys",
+    "KeyLog",
     "Known",
     "LoadWindow",
     "Measurements",
@@ -26,4 +29,5 @@ __all__ = [
     "expected_advance",
     "schedule_of",
     "seconds_now",
+    "together",
 ]

@@ -16,6 +16,7 @@ import numpy as np
 
 from free.processes import ReverseProcess
 from free.targets.ranks import ALONE, Ranks
+from free.windows.heard import HeardKeys, KeyLog
 from free.windows.schedule import WINDOWS, FixedWindow, Known, Schedule, WindowPlan
 from free.windows.timing import RoundSeconds
 
@@ -44,7 +45,7 @@ class Experience:
     """Steps that rounds of each window settled, later ones counting for more."""
     predicted: dict[int, float] = field(default_factory=dict)
     """Steps that they were predicted to."""
-    keys: set[int] = field(default_factory=set)
+    keys: KeyLog = field(default_factory=KeyLog)
     """Of all samples that it has seen, and of those that their windows were chosen by."""
 
     @classmethod
@@ -56,7 +57,7 @@ class Experience:
         """Whether this may choose for samples of ``keys`` and see them from now on: if it has seen none of them."""
         if not self.keys.isdisjoint(keys):
             return False
-        self.keys.update(keys)
+        self.keys.add(keys)
         return True
 
     def is_full(self, keys: Collection[int]) -> bool:
@@ -139,8 +140,8 @@ class AutoWindow(Schedule):
         self._known: tuple[float, np.ndarray] = (-1.0, np.zeros(0))
 
     @property
-    def keys(self) -> frozenset[int]:  # type: ignore[override]
-        return frozenset(self.experience.keys)
+    def keys(self) -> HeardKeys:  # type: ignore[override]
+        return self.experience.keys.heard()
 
     @property
     def acceptance(self) -> np.ndarray:
@@ -204,7 +205,7 @@ class ChosenWindow(FixedWindow):
         self._chooser = chooser
 
     @property
-    def keys(self) -> frozenset[int]:  # type: ignore[override]
+    def keys(self) -> HeardKeys:  # type: ignore[override]
         return self._chooser.keys
 
     def learn(self, window: int, before: Known, after: Known) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Schedule(ABC):
     """No window is wider."""
     name: int | str
     """As the statistics call it."""
-    keys: frozenset[int] = frozenset()
+    keys: Set[int] = frozenset()
     """Of the samples, settled or not, whose noise the choice has seen: it may choose no window for another one of theirs."""
     adaptive: bool = False
     """Whether one sample's windows follow from how others fare: then the samples of a run are not independent."""
@@ -116,7 +116,7 @@ class WindowPlan(Schedule):
     """float64 [S]: of a draft, as the plan was made with."""
     seconds: dict[int, float] = field(default_factory=dict)
     """Of a round of the whole batch, by window."""
-    keys: frozenset[int] = frozenset()
+    keys: Set[int] = frozenset()
 
     def __post_init__(self) -> None:
         windows = np.asarray(self.windows)

@@ -116,3 +116,48 @@ def test_a_guided_default_that_the_call_does_not_have_is_not_assumed() -> None:
     with free.speculate(pipe, window=4) as run:
         assert len(pipe([6])[0].unique()) == 12
         assert len(run.stats.rounds) == 6
+
+
+def test_every_loop_of_a_call_is_checked(sections: Sections) -> None:
+    found = free.check_pipeline(sections, sizes=[3, 2], generator=seeded(), verbose=False)
+    assert found.passed
+    assert len(found.error) == 16
+
+
+def test_a_loop_that_ends_early_is_not_passed(sections: Sections) -> None:
+    class Early(Sections):
+        def __call__(self, sizes: list[int], generator: Any = None) -> Any:
+            latents = randn_tensor((sizes[0], 2, 1, 1), generator=generator)
+            self.scheduler.set_timesteps(8)
+            labels = torch.zeros(sizes[0], dtype=torch.int64)
+            for i, timestep in enumerate(self.scheduler.timesteps):
+                output = self.transformer(latents, timestep=timestep[None].expand(len(latents)), class_labels=labels).sample
+                latents = self.scheduler.step(output, timestep, latents).prev_sample
+                if i == 3:  # counted in rounds while it is speculated
+                    break
+            return latents
+
+    pipe = Early(transformer=sections.transformer, vae=sections.vae, scheduler=ddpm())
+    pipe.set_progress_bar_config(disable=True)
+    with free.speculate(pipe, window=2), pytest.raises(free.UnsupportedPipelineError, match="left its loop before"):
+        pipe([2], generator=seeded())  # four rounds of two do not finish eight steps
+    # where they do, the untouched pipeline ends earlier
+    pipe.transformer = ClassGaussian(0.0, size=1).eval()  # all drafts are right
+    found = free.check_pipeline(pipe, drafter="hold-x0", sizes=[2], generator=seeded(), verbose=False)
+    assert not found.passed
+    assert "leaves out 4 of the steps" in str(found)
+
+
+def test_a_pipeline_that_keeps_gradients_is_speculated_without(sections: Sections) -> None:
+    class Differentiable(Sections):
+        def __call__(self, sizes: list[int], generator: Any = None) -> Any:
+            with torch.enable_grad():
+                self.transformer.signal.requires_grad_()
+                return super().__call__.__wrapped__(self, sizes, generator)
+
+    pipe = Differentiable(transformer=sections.transformer, vae=sections.vae, scheduler=ddpm())
+    pipe.set_progress_bar_config(disable=True)
+    for drafter in ("gains", "hold-x0"):
+        with free.speculate(pipe, window=4, drafter=drafter):
+            (made,) = pipe([3], generator=seeded())
+        assert made.isfinite().all()

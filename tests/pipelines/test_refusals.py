@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 
 import free
 from free.pipelines.refusals import ARGUMENTS, PIPELINES, check_arguments, check_guiders
@@ -215,3 +224,29 @@ def test_a_wrong_option_of_the_process() -> None:
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with free.speculate(pipe, variance="beta"), pytest.raises(free.UnsupportedPipelineError, match="variance"):
         pipe(**call)
+
+
+def test_a_scheduler_that_pipelines_treat_in_a_way_of_their_own() -> None:
+    pipe = class_pipeline()
+    pipe.scheduler = CogVideoXDPMScheduler()
+    with free.speculate(pipe), pytest.raises(free.UnsupportedPipelineError, match="scheduler is a CogVideoXDPMScheduler"):
+        draw(pipe, [1])
+
+
+def test_noise_that_does_not_follow_a_clipped_estimate() -> None:
+    """Of DDIM's step with eta: no table keeps the unclipped noise beside a clipped x0."""
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).eval()  # fmt: skip
+    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=True))
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"num_inference_steps": 5, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    with free.speculate(pipe, window=3):
+        for wrong in ({}, {"use_clipped_model_output": False}):
+            with pytest.raises(free.UnsupportedPipelineError, match="keeps the noise as it was"):
+                pipe(eta=1.0, **call, **wrong)
+        pipe(eta=1.0, use_clipped_model_output=True, **call)
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    with free.speculate(pipe, window=3):
+        pipe(eta=1.0, **call)

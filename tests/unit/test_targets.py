@@ -436,3 +436,34 @@ def test_stateless_hooks_are_allowed(dit: DiTTransformer2DModel, states: torch.T
     got = evaluate(free.as_target(dit), states, class_labels=LABELS).output
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+
+
+def test_a_model_of_several_dtypes_is_shown_what_it_says_it_takes() -> None:
+    class Mixed(torch.nn.Module):
+        """As diffusers' models that keep some modules in float32, which may be the first ones."""
+
+        dtype = torch.bfloat16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.zeros(3))
+            self.layer = torch.nn.Linear(3, 3).bfloat16()
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + self.table
+
+    class Encoded(torch.nn.Module):
+        """As a policy with a small encoder in half precision beside it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.nn.Linear(2, 2).bfloat16()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    for model, dtype in ((Mixed(), torch.bfloat16), (Encoded(), torch.float32)):
+        assert free.as_target(model.eval()).dtype == dtype
+        samples = free.speculative_sample(model, shape=(3,), num_inference_steps=6, window=3, seed=0).samples
+        assert samples.isfinite().all()
