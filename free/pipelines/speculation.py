@@ -169,8 +169,8 @@ class Speculation:
             yield
             if self._past.left:
                 raise UnsupportedPipelineError(
-                    "the pipeline left its loop before its samples were finished, and has drafts in their place; it cannot be "
-                    "speculated"
+                    "the pipeline left its loop before its samples were finished, and has drafts in their place; it cannot "
+                    "be speculated"
                 )
 
     def _shown_first(self) -> torch.Tensor | None:
