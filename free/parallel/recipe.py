@@ -22,7 +22,7 @@ from free.windows import WindowPlan, check_window
 
 SAMPLERS = ("speculative", "ancestral")
 LABELS = ("uniform", "balanced")
-_LABEL_WORD = 0x6C61626C  # a second word, where a sample's key has one
+_LABEL_WORD = 0x6C61626C  # 'labl': a second spawn word; a sample's key has one, so the two never collide
 
 
 @dataclass
