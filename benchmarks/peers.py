@@ -14,10 +14,13 @@ COLUMNS = ((50, 8), (50, 32), (250, 8), (250, 32))
 Row = dict[str, Any]
 
 _PEERS: dict[str, tuple[str, Callable[[str], bool]]] = {
-    "frozen target, fresh noise (De Bortoli et al.; ASD)": ("compare", lambda drafter: drafter == "fresh:hold-output"),
+    "frozen target, fresh noise (De Bortoli et al.; autospeculative decoding)": (
+        "compare",
+        lambda drafter: drafter == "fresh:hold-output",
+    ),
     "FREE's trained block, fresh noise": ("compare", lambda drafter: drafter.startswith("fresh:photo_paper")),
     "Picard iteration, tolerance 0.1 (ParaDiGMS), *not exact*": ("picard", lambda drafter: True),
-    "**ours, untrained**": ("compare", lambda drafter: drafter in ("gains", "hold-x0")),
+    "**ours, no training (`gains`)**": ("compare", lambda drafter: drafter in ("gains", "hold-x0")),
     "**ours, trained block**": ("compare", lambda drafter: drafter.startswith("photo_drafter")),
 }
 
@@ -38,8 +41,9 @@ def peers(rows: Mapping[str, Sequence[Row]]) -> str:
     header = ("drafts", *(f"S={steps}, W={window}" for steps, window in COLUMNS))
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ("---",) * len(header), *lines))
     return (
-        "\nRounds (S / rounds) where the step-by-step sampler takes S, of a DiT of 3072 numbers a sample, guidance "
-        f"{GUIDANCE}, {max(row['samples'] for row in measured)} samples; - is not measured:\n\n{table}\n\n"
+        "\nS is the number of denoising steps, W how many states of a sample one forward evaluates. Rounds (S / rounds) "
+        f"where the step-by-step sampler takes S, of a DiT of 3072 numbers a sample, guidance {GUIDANCE}, "
+        f"{max(row['samples'] for row in measured)} samples; - is not measured:\n\n{table}\n\n"
     )
 
 

@@ -22,6 +22,7 @@ DRAFTERS = ("gains", "hold-x0")
 MODELS = {"photo_dit": "the photo testbed's DiT", "digits": "the digits DiT"}
 SHOWN = ("photo_dit", 1.0)
 """Model and guidance of README's table."""
+_SHOWN_WORDS = "a small DiT trained on 32×32 photo patches (`benchmarks/photos.py`)"
 
 _IN_SHORT = ("2m-ode:7", "2m-sde:15", "2m-ode:15", "ddpm:20")
 _NAMES = {
@@ -122,8 +123,8 @@ def fewer_steps(rows: Mapping[str, Rows]) -> str:
     lines.sort(key=lambda line: line[0])
     first = groups(own)[0][0]
     return (
-        f"\nDistances of {first['samples']} samples of {MODELS[SHOWN[0]]} from real images, guidance {SHOWN[1]:g} (as many "
-        f"real ones: Fréchet {first['frechet_floor']:.3f}); speculated by {DRAFTERS[0]}, W={WINDOW}:\n\n"
+        f"\nDistances of {first['samples']} samples of {_SHOWN_WORDS} from real images, guidance {SHOWN[1]:g} (as many real "
+        f"ones: Fréchet {first['frechet_floor']:.3f}); drafted by `{DRAFTERS[0]}`, W={WINDOW}:\n\n"
         + markdown_table(("sampler", "rounds", "Fréchet", "energy × 1000"), [cells for _, cells in lines])
         + "\n\n"
     )

@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def on_cpu(function: F) -> F:
-    """What the function makes is on the CPU if it does not say where, whatever the caller's default device is."""
+    """Run ``function`` with the CPU as torch's default device, whatever default the caller has set."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -24,8 +24,8 @@ def on_cpu(function: F) -> F:
 
 
 def without_gradients(function: F) -> F:
-    """As ``torch.no_grad()``, and in no ``inference_mode`` of the caller's either: what the function makes and keeps there,
-    no later call outside could write to.
+    """Run ``function`` without autograd and outside the caller's ``inference_mode``: tensors made in inference mode cannot
+    be written to outside it later.
     """
 
     @functools.wraps(function)

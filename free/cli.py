@@ -205,7 +205,10 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--output-dir", type=Path, required=True, help="the folder; made if it is not there")
     sample.add_argument("--num-samples", type=_positive, default=50_000, help="samples in all")
     sample.add_argument("--batch-size", type=_positive, default=64, help="samples drawn at once, a shard, by one process")
-    sample.add_argument("--sampler", choices=["speculative", "ancestral"], default="speculative", help="one law, two speeds")
+    sample.add_argument(
+        "--sampler", choices=["speculative", "ancestral"], default="speculative",
+        help="both draw from the same distribution",
+    )  # fmt: skip
     sample.add_argument("--drafter", default="gains", help="a name, or a drafter's folder")
     sample.add_argument(
         "--window", type=_window, default="auto",

@@ -1,8 +1,8 @@
 """Fused operations on tensors for speculative sampling of diffusion models.
 
-Every operation lives in a folder of its own: the public function, a plain torch reference and (where it has landed) a
-Triton kernel with the same signature. Randomness enters as seeds and step indices; per-step coefficients are whole tables,
-gathered inside by step. This package knows tensors only and never imports :mod:`free`.
+Every operation lives in a folder of its own: the public function, a plain torch reference and a Triton kernel with
+the same signature. Randomness enters as seeds and step indices; per-step coefficients are whole tables, gathered inside by
+step. This package knows tensors only and never imports :mod:`free`.
 """
 
 from free_kernels.acceptance import Acceptance, acceptance, acceptance_from_means

@@ -141,7 +141,8 @@ class StoredImages:
         wanted = _promised(path)
         if wanted not in (None, len(files)):
             raise ValueError(
-                f"{str(path)!r} has {len(files)} of {wanted} samples: run `free-dit sample` again, which goes on"
+                f"{str(path)!r} has {len(files)} of {wanted} samples: run the same `free-dit sample` command again to "
+                "finish it"
             )
         return cls(path, files, None)
 

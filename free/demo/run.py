@@ -63,8 +63,18 @@ def run_demo(
 
     All on one thread if the model is tiny; the number of threads is afterwards what it was.
 
-    ``drafters`` are words that :func:`free.drafters.loading.drafter_of` takes, or ``"learned"``, which ships with the
-    digits DiT.
+    Args:
+        steps: S.
+        window: W, or ``"auto"``.
+        guidance_scale: 1 is no guidance.
+        drafters: words that :func:`free.drafters.loading.drafter_of` takes, or ``"learned"``, which ships with the digits
+            DiT.
+        per_class: samples of each digit.
+        seed: of the first sample; the others follow.
+        output: where the picture goes.
+        weights: folder of a digits DiT; None is the package's own, or with ``retrain`` ``free-dit-digits``.
+        retrain: train the DiT first, into ``weights``.
+        train_steps: of that training; None is the usual number.
 
     Returns:
         The ancestral runs, then those of each drafter.

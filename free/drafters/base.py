@@ -24,11 +24,11 @@ class Anchor:
     step: torch.Tensor
     """int64 [B]."""
     state: torch.Tensor
-    """[B, D]."""
+    """float32 [B, D]."""
     output: torch.Tensor
-    """[B, D], guided."""
+    """float32 [B, D], guided."""
     feature: torch.Tensor | None
-    """[B, tokens, width], where the drafter asked for features."""
+    """[B, tokens, width], in the target's dtype, where the drafter asked for features."""
 
     def x0(self, process: ReverseProcess) -> torch.Tensor:
         """The estimate of the clean sample, [B, D]."""
@@ -61,13 +61,13 @@ class LastWindow:
     length: torch.Tensor
     """int64 [B]: how many states were evaluated, at least 1."""
     states: torch.Tensor
-    """[B, A, D]."""
+    """float32 [B, A, D]."""
     output: torch.Tensor
-    """[B, A, D], as the network gave it; conditional half under guidance."""
+    """[B, A, D], as the network gave it, dtype and all; conditional half under guidance."""
     unconditional: torch.Tensor | None
-    """[B, A, D] under guidance, else None."""
+    """Likewise, under guidance; else None."""
     feature: torch.Tensor | None = None
-    """[B, A, tokens, width], where the drafter asked for features."""
+    """[B, A, tokens, width], in the target's dtype, where the drafter asked for features."""
 
 
 @dataclass

@@ -96,5 +96,5 @@ def _known(
 
 
 def _own_precision(values: torch.Tensor) -> AbstractContextManager[Any]:
-    """It is the networks that a caller's autocast is meant for."""
+    """Turn the caller's autocast off: it is meant for the networks."""
     return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)

@@ -12,14 +12,14 @@ from free_kernels import Patches
 from free_kernels.patches import MAX_COLUMNS, MAX_ROWS
 
 _RINGS = 32
-"""Bands are rings in frequency, so many from the constant one to the highest along an axis."""
+"""Rings of equal width in frequency, from 0 to the highest of one axis."""
 _APART = 16
-"""Channels that have gains of their own; where there are more, all share theirs."""
+"""Up to so many channels have gains of their own; with more, all share one set."""
 _COLOURS = 3
 _OPPONENT = ((1, 1, 1), (1, 0, -1), (1, -2, 1))
 """Three channels are taken for colours: their sum, and two differences, which know little of one another."""
 _SMALL = 256
-"""Numbers of a sample that has no spectrum to speak of: each has a gain of its own, as it is."""
+"""Samples of at most so many numbers are not transformed: each number has its own gain."""
 
 
 @functools.cache

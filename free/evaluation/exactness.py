@@ -39,17 +39,17 @@ BUDGET = 1e-6
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Worst difference of a model's answers, over the largest answer, that a batch of another size explains, by dtype."""
 MEANINGS = {
-    "along delta": "a step's noise, along the way its draft was off, is N(0, 1)",
-    "across delta": "and across that way",
+    "along delta": "a step's noise along delta, the direction in which its draft was off, is N(0, 1)",
+    "across delta": "a step's noise orthogonal to delta is N(0, 1)",
     "norm": "the squared noise of a step is chi²",
     "scale": "the noise of all steps together has variance 1",
     "elements": "each element's noise has mean 0",
-    "along the last noise": "a step's noise knows nothing of the one before",
+    "along the last noise": "a step's noise is independent of the step before's",
     "acceptance": "as many drafts are accepted as their distance says, 2 Phi(-|delta| / 2) each",
     "samples, mean": "samples and step-by-step samples have the same mean, element by element",
-    "samples, square": "and the same mean square",
-    "samples, norm": "and the same law of |x|",
-    "samples, along mean delta": "and the same law along the way the drafts were off on average",
+    "samples, square": "samples and step-by-step samples have the same mean square, element by element",
+    "samples, norm": "samples and step-by-step samples have the same law of |x|",
+    "samples, along mean delta": "samples and step-by-step samples have the same law along the mean of delta",
 }
 """What each test asks."""
 _REPLAYED = 8  # samples whose answers are asked for again

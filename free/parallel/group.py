@@ -162,7 +162,10 @@ class Group(Ranks):
         other = next((rank for rank in range(self.size) if numbers[rank] != numbers[0]), None)
         if other is not None:
             ours, theirs = (point.words.format(int(numbers[rank])) for rank in (0, other))
-            raise RankError(f"the ranks part ways: rank 0 {ours}, rank {other} {theirs}")
+            raise RankError(
+                f"the ranks have diverged: rank 0 {ours}, rank {other} {theirs}; all must make the same calls with the same "
+                "arguments"
+            )
 
     def _meet(self, point: Point, number: float = 0.0, message: str = "") -> list[float]:
         """All say where they are, with a number; returns everybody's.
@@ -180,7 +183,10 @@ class Group(Ranks):
         elif len(set(points)) > 1:
             other = next(rank for rank in range(self.size) if points[rank] != points[0])
             ours, theirs = (points[rank].words.format(int(numbers[rank])) for rank in (0, other))
-            raise RankError(f"the ranks part ways: rank 0 {ours}, rank {other} {theirs}")
+            raise RankError(
+                f"the ranks have diverged: rank 0 {ours}, rank {other} {theirs}; all must make the same calls with the same "
+                "arguments"
+            )
         return numbers
 
     def _words(self, own: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,7 @@ def check_pipeline(
         :class:`PipelineCheck`: ``passed``, ``worst_error``, ``scale``, ``stats``; its ``str`` is what is printed.
 
     Raises:
+        TypeError, ValueError: a wrong argument, as in :func:`free.speculate`; of a refusal the result says why.
         RuntimeError: the pipeline does not repeat itself: its initial latents are others in the second call.
     """
     call = {name: value for name, value in call.items() if name not in ("callback", "callback_on_step_end")}

@@ -47,13 +47,14 @@ class Plan:
     """One a sample; None makes them of the latents."""
     impl: str
     setting: Callable[[], Hashable]
-    """What makes calls take as long as each other, beside what is known here; asked in the first ``step``."""
+    """Calls that agree in this take about as long, given the same batch, shape and device; asked in the first ``step``."""
     copies: int = 1
     """How often the pipeline keeps its samples in its latents: 2 where guidance has doubled them before the loop."""
     repeated: Repeated | None = None
     """Of ``mode="batch"``, in which the pipeline has a row for each state of the widest window."""
     barrier: Callable[[torch.Tensor], bool] | None = None
-    """Of a timestep []: where the answer changes no window passes, and no sample before all are there."""
+    """Maps a timestep [] to True or False. Where it changes, every window ends, and no sample goes on until all have
+    arrived."""
     watch: Watch | None = None
     """Told of every round."""
     number: int = 0

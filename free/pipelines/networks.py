@@ -68,7 +68,7 @@ class Network:
         self.recipes = _recipes(num_train_timesteps)
         """What the pipeline may make of the loop's timestep where only a number arrives; those that never failed."""
         self.calls: list[Hashable] = []
-        """What the calls of the first round had in common with those that take as long."""
+        """Name, compilation and input shapes of the first round's calls."""
 
     @contextmanager
     def wrapped(self, shown_first: Callable[[], torch.Tensor | None]) -> Iterator[None]:

@@ -21,7 +21,7 @@ from free.processes.ddpm import known_names
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SOLVER_TYPES = ("midpoint", "heun")
 
-# levels that a scheduler rounded to float32 may rise by as much
+# relative rise that a scheduler's float32 rounding may cause
 _ROUNDING = 1e-6
 
 

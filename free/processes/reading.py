@@ -31,8 +31,8 @@ class Wanted:
         if self.eta is not None:
             return self.eta
         warnings.warn(
-            f"{type(scheduler).__name__} is deterministic as configured, which leaves nothing to couple: this is its "
-            f"stochastic counterpart, {stochastic}; give eta to choose the noise yourself",
+            f"{type(scheduler).__name__} is deterministic as configured, and a step without noise cannot be drafted: "
+            f"this is its stochastic counterpart, {stochastic}; give eta to choose the noise yourself",
             UserWarning,
             stacklevel=6,
         )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _TWICE = "it evaluates the network twice a step, the second time at a state that the first one made"
 _CORRECTS = "its corrector takes the network's output at the state that it is about to change"
-_OTHER_STATE = "its step is of another kind than the Gaussian one that is coupled"
+_OTHER_STATE = "its step is not Gaussian, so it cannot be coupled"
 _AS_SDE = (
     "it is deterministic; DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type='sde-dpmsolver++') is "
     "the stochastic sampler of its schedule"
@@ -41,7 +41,7 @@ _REFUSED = {
     "LCMScheduler": "it noises an estimate of x0 that was scaled for a distilled model: its few steps leave little to draft",
     "FlowMatchLCMScheduler": "its few steps, of a distilled model, leave little to draft",
     "TCDScheduler": "its few steps, of a distilled model, leave little to draft",
-    "CosineDPMSolverMultistepScheduler": "its noise is of a Brownian tree, not a step's own",
+    "CosineDPMSolverMultistepScheduler": "its noise comes from a Brownian tree, and is not drawn anew for each step",
     "PNDMScheduler": _AS_SDE,
     "LMSDiscreteScheduler": _AS_SDE,
     "DEISMultistepScheduler": _AS_SDE,
@@ -114,8 +114,8 @@ def _ddim(scheduler: SchedulerMixin, wanted: Wanted) -> dict[str, Any]:
     if wanted.eta is None:
         columns = _ddpm(scheduler, wanted)
         warnings.warn(
-            "DDIMScheduler is deterministic as it is shipped, which leaves nothing to couple: this is the DDPM of its "
-            "configuration; give eta (1 is all of the noise) for DDIM's own steps, or a DDPMScheduler",
+            "DDIMScheduler is deterministic as it is shipped, and a step without noise cannot be drafted: this is the DDPM "
+            "of its configuration; give eta (1 is all of the noise) for DDIM's own steps, or a DDPMScheduler",
             UserWarning,
             stacklevel=5,
         )

@@ -97,7 +97,7 @@ def _flow_match(scheduler: SchedulerMixin, wanted: Wanted) -> dict[str, Any]:
     """
     config: Any = scheduler.config
     if config.invert_sigmas:
-        raise ValueError("scheduler has invert_sigmas=True: its levels rise from data to noise, where ours fall")
+        raise ValueError("scheduler has invert_sigmas=True: its sigmas rise over the steps; allowed are sigmas that fall")
     if config.use_dynamic_shifting and wanted.mu is None and wanted.steps is not None:
         raise ValueError("mu is missing: the scheduler has use_dynamic_shifting=True, and shifts by what its pipeline says")
     if config.stochastic_sampling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _LEAST = 1e-4
-"""Of the signal, and of the noise over it: they scale what drafters learn, where nothing may divide by zero."""
+"""Lower bound of both columns: drafters divide by them."""
 
 
 def signal_and_noise(

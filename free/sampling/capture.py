@@ -58,8 +58,8 @@ def wants_capture(
         raise ValueError(f"capture is True, but the model runs on {device}: a graph needs CUDA; use 'auto' or False")
     if capture is True and request.target.ranks.size > 1:
         raise ValueError(
-            "capture is True, but the model runs on several processes, which tell each other where they are from host to "
-            "host in each round: a graph has no place for that; use 'auto' or False"
+            "capture is True, but the model runs on several processes, whose hosts exchange messages in every round, which "
+            "a CUDA graph cannot record; use 'auto' or False"
         )
     checked = relaxation is not None and not relaxation.capturable
     if capture is True and checked:
@@ -91,7 +91,7 @@ class Recording(Generic[T]):
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
-        # what other threads do meanwhile is none of the recording's business
+        # calls that other threads make meanwhile must not invalidate this capture
         recorded = torch.cuda.graph(
             self._graph,
             pool=pool,
@@ -115,13 +115,15 @@ def _side_stream(_device: int) -> torch.cuda.Stream:
 
 @cache
 def _capture_stream(_device: int) -> torch.cuda.Stream:
-    """As that for warming up. Torch's own is of the device that recorded first, and would record nothing of another."""
+    """One a device, as for warming up: torch's default capture stream belongs to the device that captured first."""
     return torch.cuda.Stream()
 
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Garbage is collected before and not within: a graph that goes while another is recorded breaks the recording."""
+    """Collect garbage first and keep the collector off meanwhile: destroying a CUDA graph while another is captured breaks
+    the capture.
+    """
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -134,7 +136,9 @@ def _nothing_collected() -> Iterator[None]:
 
 @contextmanager
 def _casts_recorded() -> Iterator[None]:
-    """Under a caller's autocast each launch casts the weights anew: what it keeps of them is freed when it is left."""
+    """Turn autocast's weight cache off during capture: its casts are freed when autocast ends, and the graph would go on
+    reading them.
+    """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

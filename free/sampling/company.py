@@ -1,4 +1,4 @@
-"""What requests must have in common that share a batch, or what was made for one of them."""
+"""Whether a request may join others in a batch, or use what was prepared for another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from free.targets.base import has_rows
 
 
 def own(request: Request) -> Request:
-    """The same in memory of its own: the caller may write to what was given."""
+    """A copy with tensors of its own, as the caller may write to those it passed."""
     conditioning = {name: value.clone() if has_rows(value) else value for name, value in request.conditioning.items()}
     latents = None if request.latents is None else request.latents.clone()
     return replace(request, conditioning=conditioning, latents=latents)

@@ -1,4 +1,4 @@
-"""What makes two calls alike, so that what one of them recorded serves the other; and the tensors that a recording reads."""
+"""When two calls may share a recorded CUDA graph, and which tensors a recording reads."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LEAVES = (*_PLAIN, type, ModuleType, FunctionType, MethodType)
 def alike(value: Any) -> Hashable:
     """Equal for values that are the same to a graph, which has baked in numbers and addresses.
 
-    Numbers and words are equal by value, tensors by their place, modules by who they are and where their weights are. So are
-    drafters and targets, by their public attributes: what an object begins with an underscore it made for itself. A drafter
-    that is put together of numbers, other drafters and models is like another of the same parts; one that holds more is only
-    like itself, as what it holds may be what it has learned. The result keeps no model and no drafter alive.
+    Numbers and words are equal by value, tensors by their place, modules by identity and by where their weights are.
+    Drafters and targets are compared by their public attributes; private ones are what an object has made for itself. A
+    drafter that is put together of numbers, other drafters and models is like another of the same parts; one that holds more
+    is only like itself, as what it holds may be what it has learned. The result keeps no model and no drafter alive.
     """
     return _alike(value, ())
 

@@ -74,7 +74,7 @@ def _model_of(model: Any) -> Any:
 
 
 def _turn_of(shared: Any) -> _Turn:
-    """Whatever cannot be referred to weakly shares one."""
+    """The lock of an object or a name; objects without weak references share one."""
     if not isinstance(shared, str):
         try:
             return _TURNS.setdefault(shared, _Turn())

@@ -219,7 +219,8 @@ class SamplingStatistics:
     def summary(self) -> str:
         """A short table for people."""
         rounds = self.rounds
-        sizes = ", ".join(f"{size} x {count}" for size, count in sorted(self.forward_batch_sizes.items())[-4:])
+        sizes = [f"{size} x {count}" for size, count in sorted(self.forward_batch_sizes.items())]
+        largest = ("… " if len(sizes) > 4 else "") + ", ".join(sizes[-4:])
         rows = [
             ("samples", f"{len(rounds)}"),
             ("steps", f"{self.steps}"),
@@ -229,7 +230,7 @@ class SamplingStatistics:
             ("parallel efficiency", f"{self.parallel_efficiency:.2f}"),
             ("drafts accepted", f"{self.accepted.sum()} of {self.tested.sum()}"),
             *self._relaxed(),
-            ("target forwards", f"{self.forwards} (states x forwards: {sizes})"),
+            ("target forwards", f"{self.forwards} (states x forwards: {largest})"),
             ("target evaluations", f"{self.target_evaluations}"),
             ("seconds", f"{self.total_seconds:.3f}, of which " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items())),
         ]
@@ -241,7 +242,7 @@ class SamplingStatistics:
             return []
         bound = f"at most {self.total_variation_bound:.3g} ± {self.total_variation_error:.2g} in total variation"
         limit = f"with {CONFIDENCE:.0%} confidence at most {self.total_variation_limit:.3g}"
-        return [("off the exact law", f"{bound}; {limit}")]
+        return [("distance from the exact law", f"{bound}; {limit}")]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready numbers, lists and strings; NaN becomes None."""

@@ -239,7 +239,11 @@ def _query(states: torch.Tensor, covered: Span, static_shapes: bool) -> Query:
 
 
 def evaluate(query: Query, conditioning: dict[str, Any], request: Request) -> TargetOutput:
-    """The target at the states of ``query``, [N, *sample shape] each; ``conditioning`` has one row a live sample."""
+    """The target at the states of ``query``; ``conditioning`` has one row a live sample.
+
+    Returns:
+        :class:`free.TargetOutput` of N states, in the order of the query.
+    """
     return request.target.evaluate(
         query.states.view(-1, *request.sample_shape),
         request.process.timestep[query.step],

@@ -151,6 +151,12 @@ class Target(ABC):
     ) -> tuple[dict[str, Any], int | None]:
         """Check the caller's conditioning before any work is done.
 
+        Args:
+            class_labels: an int, one a sample, or None.
+            conditioning: the model's keywords, or None.
+            guidance_scale: 1 is no guidance.
+            batch: how many samples the other arguments speak of; None if they do not say.
+
         Returns:
             The conditioning, tensors with a leading axis of samples, and how many samples it speaks of (None if it
             does not say).
@@ -185,6 +191,9 @@ class Target(ABC):
             timestep: [N].
             conditioning: what :meth:`check_conditioning` returned, each tensor [N, ...] row by row.
             guided: whether the unconditional half is wanted too.
+
+        Returns:
+            :class:`TargetOutput` of the N states, in their order.
 
         Raises:
             ValueError: the model returned something else than the shape of its input.

@@ -154,7 +154,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        # those before it stay whole
+        # if this fails, earlier checkpoints stay whole
         with writing(f"checkpoint of step {step}", self.output_dir):
             save_tree(own, partial / self._own_file())
             if accelerator.is_main_process:

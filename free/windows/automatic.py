@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 WORTHWHILE = 1.02  # another window must be this much better, lest noise decides
-_AS_GOOD = 0.99  # of the best rate is as good
-_HOPE = 0.9  # acceptance where nothing is known
-_DOUBT = 0.1  # tests that a guess counts for
+_AS_GOOD = 0.99  # a narrower window with this share of the best rate is preferred
+_HOPE = 0.9  # prior acceptance rate
+_DOUBT = 0.1  # weight of the prior, in tests
 _SMOOTHING = 0.04  # steps to either side that a step's acceptance is averaged with, of all steps
-_TRUST = 40.0  # steps that the sum's own prediction counts for, beside those of the rounds seen
+_TRUST = 40.0  # weight of the predicted advance beside the observed, in steps
+_MEMORY = 0.95  # decay of the sums a round, so that a window that once did badly is tried again
 MOST_KEYS = 2**17
-_MEMORY = 0.95  # of those, from round to round: a window that once did badly is tried again
+"""Keys that an experience remembers before another one begins."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Known:
     rounds: np.ndarray
     """int64 [B]."""
     broke: np.ndarray
-    """int64 [2, B]: the first step that the model's and that the drafter's fault is, else S."""
+    """int64 [2, B]: the first step at which the model's, and the drafter's, output was not finite; S if none."""
     tested: np.ndarray
     """float64 [S]."""
     accepted: np.ndarray
@@ -146,7 +146,11 @@ class WindowPlan(Schedule):
         return torch.minimum(process.exact_step, own)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         seconds = {str(window): value for window, value in self.seconds.items()}
         values = {"windows": self.windows.tolist(), "acceptance": self.acceptance.tolist()}
         values |= {"seconds": seconds, "keys": sorted(self.keys)}
@@ -179,7 +183,9 @@ def check_window(window: Any) -> None:
 
 
 def schedule_of(window: int | str | WindowPlan) -> Schedule | None:
-    """The schedule that a checked ``window`` stands for; None is one that has to be measured, :func:`auto_window`."""
+    """The schedule that a checked ``window`` stands for; None has to be measured, by
+    :func:`free.sampling.planning.auto_window`.
+    """
     if isinstance(window, WindowPlan):
         return window
     return None if isinstance(window, str) else FixedWindow(int(window))

@@ -15,9 +15,9 @@ import torch
 from free.targets.ranks import ALONE, Ranks
 from free.windows.schedule import WINDOWS
 
-DEAR = 1.8  # times the seconds for twice the states
+DEAR = 1.8  # doubling the states is too dear if it takes this many times the seconds
 _REPEATS = 2  # of a measurement, after the first one; the least counts, as a busy machine only adds
-_ROUNDS_ON_CUDA = 3  # timed at once, so that the wait for the last one is a small part
+_ROUNDS_ON_CUDA = 3  # rounds a measurement, so that the final synchronize is a small part
 _MEASUREMENTS = 3  # that are remembered
 _PATIENCE = 50.0  # times what a measurement took pass before the next one
 _SOON = (1.0, 5.0)  # seconds before the second and the third: one alone may have met a busy machine
@@ -80,8 +80,8 @@ class Measurements:
 def by_window(run: Callable[[int], Any], device: torch.device, widest: int, ranks: Ranks = ALONE) -> dict[int, float]:
     """Seconds of ``run(window)`` for wider and wider windows, until wider ones are no cheaper a state.
 
-    That takes two doublings in a row: a small network on a CPU may take twice the time for the second state, where it leaves
-    what was made for a single one, and next to none for the thirty after it. Processes that run together go by what the
+    That takes two doublings in a row: a small network on a CPU may take twice the time for the second state, because it
+    leaves the code path for a single row, and hardly more for the next thirty. Processes that run together go by what the
     first of them measured.
     """
     taken: dict[int, float] = {}

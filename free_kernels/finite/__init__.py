@@ -41,6 +41,9 @@ def finite(
         unconditional_output: of the shape and dtype of ``target_output`` under guidance, else None.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
+    Returns:
+        :class:`Finite`: how many states may become anchors, and whether each sample's state is finite.
+
     Raises:
         ValueError: an argument of a wrong shape, dtype or device, named.
     """

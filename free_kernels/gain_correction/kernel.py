@@ -30,8 +30,8 @@ def gain_correction_kernel(
     step_ptr,  # int64 [B]
     known_step_ptr,  # int64 [B]
     known_length_ptr,  # int64 [B]
-    slope_ptr,  # float [S]: state_coef, or clip_state_coef where CLIP
-    gain_ptr,  # float [S]: model_coef, or clip_x0_coef where CLIP
+    state_coef_ptr,  # float [S], of the mean: clip_state_coef where CLIP
+    model_coef_ptr,  # float [S], of the mean: clip_x0_coef where CLIP
     x0_state_ptr,  # float [S]
     x0_model_ptr,  # float [S]
     signal_ptr,  # float [S]
@@ -118,7 +118,7 @@ def gain_correction_kernel(
         added = gain * (innovation - (x0 + ratio * ratio * (state - x0)))
 
         x0_model = load_column(x0_model_ptr, step)
-        slope, x0_coef = load_column(slope_ptr, step), load_column(gain_ptr, step)
+        slope, x0_coef = load_column(state_coef_ptr, step), load_column(model_coef_ptr, step)
         if not CLIP:
             x0_coef = x0_coef / x0_model
             slope = slope - x0_coef * load_column(x0_state_ptr, step)

@@ -57,7 +57,13 @@ def normal(
 ) -> torch.Tensor:
     """Standard normal numbers: element e is lane ``e % 4`` of counter ``e // 4`` (Box-Muller, two pairs a counter).
 
-    32-bit uniforms reach |z| = 6.76. ``seed``, ``step`` and ``stream`` as in :func:`philox`.
+    32-bit uniforms reach |z| = 6.76.
+
+    Args:
+        seed, step, stream: as in :func:`philox`.
+        numel: how many numbers, e = 0 … numel - 1.
+        dtype: of the numbers.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``dtype`` [*shape, numel].

@@ -1,4 +1,4 @@
-"""The ancestral update in plain torch. The other references build on these three helpers."""
+"""The ancestral update in plain torch, and the helpers that the other references build on."""
 
 from __future__ import annotations
 

@@ -96,6 +96,9 @@ def relaxed_cost(
         impl: ``"auto"``, ``"triton"`` or ``"reference"``. Either computes in float64, but compares u as
             :func:`free_kernels.verify` does.
 
+    Returns:
+        :class:`RelaxedCost`: ``spent`` and ``rejection`` with this window's tests.
+
     Raises:
         ValueError: an argument of a wrong shape, dtype or device, named.
     """

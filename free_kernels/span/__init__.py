@@ -35,6 +35,9 @@ def span(step: torch.Tensor, reach: torch.Tensor, window: int, *, impl: str = "a
         window: W, 1 or more.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
+    Returns:
+        :class:`Span`: where each window stands, how many of its states count, and the step and sample of each state.
+
     Raises:
         ValueError: an argument of a wrong shape, dtype or device, named.
     """

@@ -99,7 +99,7 @@ def test_precision_and_recall_are_by_definition() -> None:
         ("other arrays", "allowed are arr_0 (images), or mu and sigma (statistics)"),
         ("sizes", "is an image of shape (4, 4, 1); the others are (8, 8, 1)"),
         ("broken", "cannot be read"),
-        ("unfinished", "has 6 of 50 samples: run `free-dit sample` again"),
+        ("unfinished", "has 6 of 50 samples: run the same `free-dit sample` command again"),
         ("shape", "samples have shape (6, 1, 4, 4); allowed is (3 or more, (1, 8, 8))"),
     ],
 )

@@ -500,6 +500,8 @@ def test_summary(sample: Sampler, gaussian: GaussianModel) -> None:
     assert f"{stats.accepted.sum()} of {stats.tested.sum()}" in lines["drafts accepted"]
     assert str(stats.forwards) in lines["target forwards"]
     assert str(stats.target_evaluations) in lines["target evaluations"]
+    stats.forward_batch_sizes = Counter(range(1, 7))  # more than are shown
+    assert "(states x forwards: … 3 x 1, 4 x 1, 5 x 1, 6 x 1)" in stats.summary()
 
 
 # --- memory and imports ---------------------------------------------------------------------------------------------------

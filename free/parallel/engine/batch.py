@@ -28,7 +28,7 @@ class Row:
     """Whose sample it is; None of one that only fills a static shape."""
     step: int
     broke: tuple[int, int]
-    """The first step that the model's and that the drafter's fault is, else S."""
+    """The first step at which the model's, and the drafter's, output was not finite; S if none."""
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,9 @@ class Handle:
         self.done = False
         """Whether there is a sample, an error, or it was cancelled."""
         self.asked = time.perf_counter()
+        """When it was made, in seconds of :func:`time.perf_counter`."""
         self.begun = self.asked
-        """When it had a slot."""
+        """When its sample had a slot, likewise."""
         self.of_all = False
         """Whether the load may not choose its windows; see :class:`free.parallel.engine.keys.Keys`."""
         self.rounds_before = rounds_before
