@@ -20,7 +20,7 @@ _PEERS: dict[str, tuple[str, Callable[[str], bool]]] = {
     ),
     "FREE's trained block, fresh noise": ("compare", lambda drafter: drafter.startswith("fresh:photo_paper")),
     "Picard iteration, tolerance 0.1 (ParaDiGMS), *not exact*": ("picard", lambda drafter: True),
-    "**ours, no training (`gains`)**": ("compare", lambda drafter: drafter in ("gains", "hold-x0")),
+    "**ours, no training (`gains`)**": ("compare", lambda drafter: drafter == "gains"),
     "**ours, trained block**": ("compare", lambda drafter: drafter.startswith("photo_drafter")),
 }
 

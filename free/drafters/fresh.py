@@ -18,9 +18,14 @@ class Fresh(Drafter):
 
     The noise of steps to come is independent of those, so efficiency has the law that it has where noise is drawn afresh
     after each rejection, as in FREE (arXiv 2511.20390).
+
+    Raises:
+        TypeError: something else than a drafter; :func:`free.as_drafter` makes one of a name or a model.
     """
 
     def __init__(self, drafter: Drafter) -> None:
+        if not isinstance(drafter, Drafter):
+            raise TypeError(f"drafter is a {type(drafter).__name__}; allowed is a Drafter, as free.as_drafter makes it")
         self.drafter = drafter
         self.name = f"{drafter.name}, fresh noise"
         self.needs_features = drafter.needs_features

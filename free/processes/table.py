@@ -375,8 +375,8 @@ class ReverseProcess:
 
         ``DDPMScheduler``, ``EulerAncestralDiscreteScheduler``, ``DPMSolverMultistepScheduler`` and
         ``EDMDPMSolverMultistepScheduler`` of ``algorithm_type="sde-dpmsolver++"`` (order 1, 2), ``CogVideoXDPMScheduler``,
-        and ``FlowMatchEulerDiscreteScheduler`` with ``stochastic_sampling``. One that draws none leaves nothing to couple,
-        and becomes its stochastic counterpart, with a warning that says which: a ``DDIMScheduler`` the DDPM of its
+        and ``FlowMatchEulerDiscreteScheduler`` with ``stochastic_sampling``. One that draws none has no step to draft, and
+        becomes its stochastic counterpart, with a warning that says which: a ``DDIMScheduler`` the DDPM of its
         configuration, ``CogVideoXDDIMScheduler``, ``EulerDiscreteScheduler``, ``EDMEulerScheduler`` and
         ``FlowMatchEulerDiscreteScheduler`` the posterior of their levels, ``"dpmsolver++"`` its SDE. The scheduler is only
         read.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from free.checks import check_count, check_number, on_cpu
+from free.checks import check_count, check_number, is_int, on_cpu
 from free.drafters import Drafter
 from free.processes import ReverseProcess
 from free.sampling.keys import check_seeds, pilot_keys, seed_count
@@ -233,8 +233,9 @@ def check_shape(target: Target, shape: Sequence[int] | None, latents: torch.Tens
     """The shape of one sample, on which the model, ``shape`` and ``latents`` must agree."""
     if shape is not None:
         given, shape = shape, tuple(shape) if hasattr(shape, "__iter__") else ()
-        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+        if not shape or any(not is_int(size) or size < 1 for size in shape):
             raise ValueError(f"shape is {given}; allowed are positive ints, the shape of one sample without a batch axis")
+        shape = tuple(map(int, shape))
     expected = target.sample_shape or shape or (tuple(latents.shape[1:]) if latents is not None else None)
     if not expected:
         raise ValueError("shape is missing: a callable model does not say what one sample looks like; give shape or latents")

@@ -246,3 +246,9 @@ def test_fresh_gains_learn_nothing_of_abandoned_states() -> None:
     drafter = Disturbed(Gains())
     free.speculative_sample(GaussianModel(), drafter, shape=(3, 8, 8), window=6, num_inference_steps=20, seed=[1, 2, 3])
     assert drafter.asked > 3
+
+
+@pytest.mark.parametrize("other", ["gains", GaussianModel(), None])
+def test_what_is_no_drafter_has_no_fresh_noise(other: Any) -> None:
+    with pytest.raises(TypeError, match=r"drafter is a .*; allowed is a Drafter, as free.as_drafter makes it"):
+        free.Fresh(other)
