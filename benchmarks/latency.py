@@ -137,8 +137,7 @@ def measure_share(record: Record, sizes: Sequence[Size], batches: Sequence[int],
                         record.skip(OUT_OF_TIME, **key)
                         continue
                     request = request_of(target, batch, GUIDANCE, 250)
-                    running = request.running(drafter, features=drafter.needs_features, compile=compile)
-                    with running, drafter.running(compile=compile):
+                    with request.running(drafter, compile=compile):
                         whole, forward, draft = _of_a_round(Setup.of(request, drafter, window, "auto"))
                     record.write(
                         **key,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from free.sampling.capture import Recording
+from free.sampling.recording import Recording
 
 REPEATS = 50
 _FLUSH_BYTES = 2**28  # several times the last-level cache of any device at hand

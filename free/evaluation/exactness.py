@@ -238,7 +238,7 @@ def _run(
     """A speculative run that is watched round by round: its samples [B, D] and statistics."""
     setup = Setup.of(request, drafter, window, "auto")
     seen.begin(request)
-    with request.running(drafter, features=drafter.needs_features), drafter.running():
+    with request.running(drafter):
         run = Run(setup)
         run.begin(FixedWindow(setup.widest))
         while run.unfinished:

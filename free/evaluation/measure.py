@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -110,7 +111,7 @@ def _count_flops(
     """
     request = check_request(target, Options(class_labels=labels, process=process, guidance_scale=guidance_scale, seed=0))
     watched = _Watched(drafter)
-    with request.running(watched, features=drafter.needs_features):
+    with request.running(watched):
         for _ in itertools.islice(Run(Setup.of(request, watched, window, "auto")).turns(FixedWindow(window)), 2):
             pass
     state = request.initial_state()[:1].view(1, *request.sample_shape)
@@ -127,6 +128,9 @@ class _Watched(Drafter):
         self.drafter = drafter
         self.name, self.needs_features = drafter.name, drafter.needs_features
         self.flops = 0
+
+    def running(self, *, compile: bool = False, **options: Any) -> AbstractContextManager[None]:
+        return self.drafter.running(compile=compile, **options)
 
     def propose(self, situation: Situation) -> Proposal:
         with _Flops() as counter:

@@ -200,7 +200,7 @@ class Sampler:
         schedule = schedule_of(plan)
         assert schedule is not None
         setup = Setup.of(request, drafter, schedule.widest, asked.impl, schedule.reach(request.process))
-        with request.running(drafter, features=drafter.needs_features):
+        with request.running(drafter):
             graphs = Graphs.of(setup) if captured and schedule.widest > 1 else None
         made = _Made(setup, plan, schedule, graphs, _recorded(request.target) if graphs else ())
         self._draw(made, request.pilot(), None)
@@ -264,10 +264,7 @@ class Sampler:
             samples, self.stats = result.samples, result.stats
         else:
             setup = replace(made.setup, request=request)
-            running = request.running(
-                drafter, features=drafter.needs_features, compile=self._compile, window=made.plan, impl=setup.impl
-            )
-            with running, drafter.running(compile=self._compile):
+            with request.running(drafter, compile=self._compile, window=made.plan, impl=setup.impl):
                 if made.graphs:
                     made.graphs.account.reset()
                 run = Run(setup, made.graphs)

@@ -89,8 +89,7 @@ def plan_window(
     if statistics is not None and statistics.steps != steps:
         raise ValueError(f"statistics is of {statistics.steps} steps; the process has {steps}")
     setup = Setup.of(request, drafter, WINDOWS[-1], impl)
-    running = request.running(drafter, features=drafter.needs_features, compile=compile, impl=impl)
-    with running, drafter.running(compile=compile):
+    with request.running(drafter, compile=compile, impl=impl):
         graphs = Graphs.of(setup) if captured else None
         if statistics is not None:
             tested, accepted = statistics.tested.astype(float), statistics.accepted.astype(float)

@@ -15,6 +15,7 @@ from free.checks import check_count, check_number, is_int, on_cpu
 from free.drafters import Drafter
 from free.processes import ReverseProcess
 from free.sampling.keys import check_seeds, pilot_keys, seed_count
+from free.sampling.relaxation import Relaxation
 from free.sampling.sharing import COMPILER, exclusively, shared_by
 from free.targets import Target, as_target
 from free.targets.base import has_rows
@@ -68,22 +69,34 @@ class Request:
 
     @contextmanager
     def running(
-        self, drafter: Drafter | None = None, *, features: bool = False, compile: bool = False, **settings: Any
+        self,
+        drafter: Drafter | None = None,
+        relaxation: Relaxation | None = None,
+        *,
+        compile: bool = False,
+        **settings: Any,
     ) -> Iterator[None]:
-        """Within this context the target may be evaluated, on its own device, with features and compiled if asked for.
+        """Within this context the target may be evaluated, on its own device, and windows be drafted and relaxed: with the
+        features and variances that those take, compiled if asked for.
 
         Other threads that want to run the same model, or a model or drafter that ``drafter`` holds, wait until it ends.
         Where several processes run the target together, ``settings`` are what else they must have been asked alike.
         """
+        target, features = self.target, drafter is not None and drafter.needs_features
+        asked = {"features": features, "compile": compile, "relaxation": relaxation, **settings}
         with ExitStack() as during:
-            during.enter_context(exclusively(*shared_by(self.target, drafter), *([COMPILER] if compile else ())))
-            during.enter_context(self.target.ranks.call(self, drafter, features=features, compile=compile, **settings))
-            during.enter_context(self.target.in_use())
+            during.enter_context(exclusively(*shared_by(target, drafter), *([COMPILER] if compile else ())))
+            during.enter_context(target.ranks.call(self, drafter, **asked))
+            during.enter_context(target.in_use())
             during.enter_context(on_device(self.seed))
             if features:
-                during.enter_context(self.target.capture_features())
+                during.enter_context(target.capture_features())
             if compile:
-                during.enter_context(self.target.compile())
+                during.enter_context(target.compile())
+            if drafter is not None:
+                during.enter_context(drafter.running(compile=compile))
+            if relaxation is not None:
+                during.enter_context(relaxation.capture(target))
             yield
 
     def initial_state(self) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,11 +139,7 @@ def speculative_sample(
     setup = Setup.of(request, drafter, widest, impl, reach, relaxation)
     begin = time.perf_counter()
     bar = tqdm(total=request.batch * request.process.num_steps, disable=not progress, unit="step")
-    relaxed = nullcontext() if relaxation is None else relaxation.capture(request.target)
-    running = request.running(
-        drafter, features=drafter.needs_features, compile=compile, window=window, relaxation=relaxation, impl=impl
-    )
-    with bar, running, drafter.running(compile=compile), relaxed:
+    with bar, request.running(drafter, relaxation, compile=compile, window=window, impl=impl):
         run = Run(setup, Graphs.of(setup) if captured else None)
         if schedule is None:
             with run.watch.on_host("measuring"):

@@ -18,9 +18,10 @@ from diffusers import DiTTransformer2DModel
 
 import free
 from free.drafters import as_drafter
-from free.sampling.capture import Graphs, Recording
+from free.sampling.capture import Graphs
 from free.sampling.loop import Run
 from free.sampling.memory import memory_of
+from free.sampling.recording import Recording
 from free.sampling.request import Options, check_request
 from free.sampling.window import Setup, evaluate, first_window, propose
 from free.targets import TargetOutput

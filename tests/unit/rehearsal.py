@@ -58,7 +58,7 @@ def _philox_pairs(
 
 
 class Rehearsal:
-    """In place of :class:`free.sampling.capture.Recording`.
+    """In place of :class:`free.sampling.recording.Recording`.
 
     As a graph it keeps the memory that its operations made, and none that they found: to read what was freed is an error, as
     is to ask the device.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -247,17 +247,10 @@ class Engine:
         self._schedule = self._schedule or load_window(*rounds(None))
         return Rounds(*rounds(self._schedule), self._schedule)
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> AbstractContextManager[None]:
         """While the target is evaluated; others that share it wait for a round, not for the engine."""
-        like = self._alike
-        assert like is not None
-        relaxed = nullcontext() if self._relaxation is None else self._relaxation.capture(self.target)
-        with ExitStack() as during:
-            during.enter_context(like.running(self.drafter, features=self.drafter.needs_features))
-            during.enter_context(self.drafter.running())
-            during.enter_context(relaxed)
-            yield
+        assert self._alike is not None
+        return self._alike.running(self.drafter, self._relaxation)
 
     @contextmanager
     def _clocked(self) -> Iterator[None]:
