@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from free.windows import KeyLog
 from free_kernels import NOISE_STREAM
 from tests.statistical.planting import Mutation, method, replaced, within
 
@@ -321,7 +322,7 @@ def _heard_before() -> Any:
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def planted(self: Any, request: Any) -> Any:
-            self._seen.clear()
+            self._seen = KeyLog()
             return original(self, request)
 
         return planted
