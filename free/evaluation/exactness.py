@@ -27,7 +27,7 @@ from free.sampling.samplers import ancestral_sample
 from free.sampling.statistics import SamplingStatistics
 from free.sampling.window import Setup, evaluate, propose, settle
 from free.targets import as_target
-from free.targets.base import has_rows, take_rows
+from free.targets.base import TOLERANCES, has_rows, take_rows
 from free.windows import FixedWindow
 from free_kernels import guided
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 BUDGET = 1e-6
 """Probability that an exact sampler fails, all tests together."""
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Worst difference of a model's answers, over the largest answer, that a batch of another size explains, by dtype."""
 MEANINGS = {
     "along delta": "a step's noise along delta, the direction in which its draft was off, is N(0, 1)",
     "across delta": "a step's noise orthogonal to delta is N(0, 1)",

@@ -20,13 +20,11 @@ from free.pipelines.speculate import speculate
 from free.sampling.loop import Turn
 from free.sampling.statistics import SamplingStatistics
 from free.sampling.window import Proposed
+from free.targets.base import TOLERANCES
 from free.windows import WindowPlan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Worst error over the largest output that a batch of another size explains, by dtype."""
 
 
 @dataclass
@@ -106,11 +104,11 @@ def check_pipeline(
     call = {name: value for name, value in call.items() if name not in ("callback", "callback_on_step_end")}
     generators = [value for value in _flat(call.get("generator")) if isinstance(value, torch.Generator)]
     name = type(pipe).__name__
-    record = _Records()
+    records = _Records()
     with _repeatable(generators):
         try:
             with speculate(pipe, window=window, mode=mode, drafter=drafter) as run:
-                run.watch = lambda *of_round: record.enter(run.loops_before, *of_round)
+                run.watch = lambda *of_round: records.enter(run.loops_before, *of_round)
                 pipe(**call)
                 stats = run.stats
         except UnsupportedPipelineError as error:
@@ -119,7 +117,7 @@ def check_pipeline(
                 print(result)
             return result
     with _repeatable(generators):
-        replay = _Replay(record)
+        replay = _Replay(records.loops)
         own = pipe.scheduler
         try:
             pipe.__dict__["scheduler"] = driven(own, replay)
@@ -152,6 +150,8 @@ class _Record:
 
     states: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     answers: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    errors: list[float] = field(default_factory=list)
+    """Of the untouched pipeline's answers, step by step, as far as it was seen to go."""
     batch: int = 0
     shape: tuple[int, ...] = ()
 
@@ -181,42 +181,39 @@ class _Record:
 class _Replay:
     """Drives a pipeline's own loops, a step a step, along recorded states."""
 
-    def __init__(self, records: _Records) -> None:
-        self.records = iter(records.loops)
+    def __init__(self, loops: list[_Record]) -> None:
+        self.loops, self._left = loops, iter(loops)
         self.record: _Record | None = None
-        self.errors = [[float("nan")] * record.steps for record in records.loops]
-        """Of each loop's steps."""
-        self._loop, self._taken = -1, 0
+        """Of the loop under way."""
         self.scale, self.dtype = 0.0, torch.float32
         self.iterating = False
 
     @property
     def error(self) -> torch.Tensor:
-        return torch.tensor([error for loop in self.errors for error in loop])
+        nan = float("nan")
+        return torch.tensor([error for one in self.loops for error in one.errors + [nan] * (one.steps - len(one.errors))])
 
     @property
     def in_rounds(self) -> bool:
-        return self._taken > 0
+        return self.record is not None and bool(self.record.errors)
 
     def iterate(self, timesteps: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
-        self.iterating, self.record, self._taken = True, next(self.records, None), 0
-        self._loop += 1
+        self.iterating, self.record = True, next(self._left, None)
         yield from timesteps
-        self.iterating, self._taken = False, 0
+        self.iterating, self.record = False, None
 
     def step(self, model_output: torch.Tensor, sample: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        step, record = self._taken, self.record
-        if record is None or step >= record.steps:
+        record = self.record
+        if record is None or len(record.errors) == record.steps:
             raise RuntimeError("the pipeline does not repeat itself: it takes more steps in the second call")
-        self.dtype = sample.dtype
+        step, self.dtype = len(record.errors), sample.dtype
         copies, rest = divmod(len(sample), record.batch)
         expected = record.at(record.states, step)
         # states are kept in float32, whatever the pipeline's dtype
         if rest or (step == 0 and not torch.equal(sample[: record.batch].float(), expected.to(sample).float())):
             raise RuntimeError("the pipeline does not repeat itself: its initial latents are others in the second call")
         answer = model_output[: record.batch].float()
-        self.errors[self._loop][step] = float((answer - record.at(record.answers, step).to(answer)).abs().max())
-        self._taken += 1
+        record.errors.append(float((answer - record.at(record.answers, step).to(answer)).abs().max()))
         self.scale = max(self.scale, float(answer.abs().max()))
         return torch.cat([record.at(record.states, step + 1).to(sample)] * copies)
 

@@ -101,7 +101,7 @@ class DiTTarget(Target):
     ) -> TargetOutput:
         labels = conditioning["class_labels"]
         rows = len(states)
-        inputs = states.to(self.dtype)
+        inputs = states.to(self._input_dtype)
         if guided:
             inputs = torch.cat((inputs, inputs))
             timestep = torch.cat((timestep, timestep))

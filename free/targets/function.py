@@ -101,7 +101,7 @@ class CallableTarget(Target):
         self, states: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any], guided: bool
     ) -> TargetOutput:
         rows = len(states)
-        inputs = states.to(self.dtype)
+        inputs = states.to(self._input_dtype)
         if guided:
             if self.null_conditioning is None:  # a drafter's: the target's was checked with the caller's arguments
                 raise ValueError(
