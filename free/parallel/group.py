@@ -161,11 +161,7 @@ class Group(Ranks):
         numbers = self._meet(point, number)
         other = next((rank for rank in range(self.size) if numbers[rank] != numbers[0]), None)
         if other is not None:
-            ours, theirs = (point.words.format(int(numbers[rank])) for rank in (0, other))
-            raise RankError(
-                f"the ranks have diverged: rank 0 {ours}, rank {other} {theirs}; all must make the same calls with the same "
-                "arguments"
-            )
+            raise _diverged(other, *(point.words.format(int(numbers[rank])) for rank in (0, other)))
 
     def _meet(self, point: Point, number: float = 0.0, message: str = "") -> list[float]:
         """All say where they are, with a number; returns everybody's.
@@ -182,11 +178,7 @@ class Group(Ranks):
                 raise RankError(f"rank {rank} has raised {said}")
         elif len(set(points)) > 1:
             other = next(rank for rank in range(self.size) if points[rank] != points[0])
-            ours, theirs = (points[rank].words.format(int(numbers[rank])) for rank in (0, other))
-            raise RankError(
-                f"the ranks have diverged: rank 0 {ours}, rank {other} {theirs}; all must make the same calls with the same "
-                "arguments"
-            )
+            raise _diverged(other, *(points[rank].words.format(int(numbers[rank])) for rank in (0, other)))
         return numbers
 
     def _words(self, own: torch.Tensor) -> torch.Tensor:
@@ -248,3 +240,10 @@ def group_of(group: dist.ProcessGroup | dist.DeviceMesh | None) -> Ranks:
             "init_process_group('cpu:gloo,cuda:nccl')"
         )
     return Group(group) if dist.get_world_size(group) > 1 else Ranks()
+
+
+def _diverged(rank: int, ours: str, theirs: str) -> RankError:
+    """What rank 0 and another one say of where they are."""
+    return RankError(
+        f"the ranks have diverged: rank 0 {ours}, rank {rank} {theirs}; all must make the same calls with the same arguments"
+    )

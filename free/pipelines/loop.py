@@ -154,7 +154,7 @@ class Loop:
             )
         rows = len(sample) // self.plan.copies
         if self.run is None:
-            self._check_copies(sample, rows)
+            self._check_copies(sample)
             if self.plan.repeated is not None:
                 self.plan.repeated.check_output(output)
             self._start(sample[: rows : self._width], arguments)
@@ -233,10 +233,11 @@ class Loop:
             self._proposed = propose(self.run.live, setup, self._window)
         self._batch = len(sample)
 
-    def _check_copies(self, sample: torch.Tensor, rows: int) -> None:
+    def _check_copies(self, sample: torch.Tensor) -> None:
         """Raise an error unless the pipeline's latents hold each sample as often as they should."""
         copies = self.plan.copies
-        if len(sample) % copies or any(not torch.equal(sample[:rows], part) for part in sample.split(rows)):
+        first, *others = sample.tensor_split(copies)
+        if not all(torch.equal(first, other) for other in others):
             raise UnsupportedPipelineError(
                 f"the pipeline's latents should hold each sample {copies} times, as DiTPipeline's do under guidance, but do "
                 "not, and it cannot be speculated"

@@ -129,6 +129,23 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
+def check_clipped_noise(scheduler: Any, eta: float | None, arguments: dict[str, Any]) -> None:
+    """Raise where DDIM's step keeps the noise that the network saw though it clips x0: unless it is told to follow x0.
+
+    Args:
+        scheduler: the pipeline's own.
+        eta: of its steps, if given.
+        arguments: of its ``step``.
+    """
+    clips = "DDIM" in type(scheduler).__name__ and scheduler.config.get("clip_sample", False)
+    if clips and eta and not arguments.get("use_clipped_model_output"):
+        raise UnsupportedPipelineError(
+            f"the scheduler clips the estimate of x0, of which DDIM's step with eta {eta} keeps the noise as it was: no "
+            "table has that; allowed are use_clipped_model_output=True in the call, clip_sample=False in the scheduler's "
+            "configuration, or no eta"
+        )
+
+
 GUIDERS = ("ClassifierFreeGuidance", "TangentialClassifierFreeGuidance")
 """Those whose guidance is a function of the two answers alone."""
 

@@ -150,6 +150,8 @@ _REPEATS = _methods("repeat_interleave")
 _PERMUTES = _methods("permute", "transpose", "swapaxes", "movedim", "t")
 _PERMUTES |= {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
+_SEVERAL = "the pipeline makes rows of the timestep, in which the states of a round differ; it cannot be speculated"
+
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` of tensors of which some know their rows."""
@@ -277,9 +279,6 @@ def _of_timesteps(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
             )
         return result
     return Timestep.of(result, torch.stack([answer.reshape(()) if number else answer for answer in answers]), layout)
-
-
-_SEVERAL = "the pipeline makes rows of the timestep, in which the states of a round differ; it cannot be speculated"
 
 
 def _each_of(values: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,14 @@ from free.pipelines.errors import UnsupportedPipelineError
 from free.pipelines.loop import Loop, Plan, Watch
 from free.pipelines.networks import Network, networks_of
 from free.pipelines.process import ProcessOptions, process_of
-from free.pipelines.refusals import check_arguments, check_blending, check_guiders, check_pipeline_class, check_scheduler
+from free.pipelines.refusals import (
+    check_arguments,
+    check_blending,
+    check_clipped_noise,
+    check_guiders,
+    check_pipeline_class,
+    check_scheduler,
+)
 from free.pipelines.rows import change_tensors, plain
 from free.pipelines.scheduler import as_set, driven
 from free.pipelines.target import check_networks
@@ -229,7 +236,7 @@ class Speculation:
             if arguments.get(name, default) != default:
                 raise UnsupportedPipelineError(f"the pipeline gives scheduler.step {name}, which cannot be speculated")
         options = self.options.of_call(arguments.get("eta") or 0.0)
-        self._check_clipped_noise(options, arguments)
+        check_clipped_noise(self._own_scheduler, options.eta, arguments)
         self.process, self._sampler = process_of(as_set(self.scheduler, type(self._own_scheduler)), options)
         if self._sampler not in self._said:
             # once is enough, where it is another process than the pipeline's own
@@ -237,16 +244,6 @@ class Speculation:
             if "deterministic" in self._sampler:
                 warnings.warn(self._sampler, UserWarning, stacklevel=2)
         return self.process
-
-    def _check_clipped_noise(self, options: ProcessOptions, arguments: dict[str, Any]) -> None:
-        """DDIM's step keeps the noise that the network saw, where x0 is clipped, unless it is told to follow x0."""
-        clips = "DDIM" in type(self._own_scheduler).__name__ and self.scheduler.config.get("clip_sample", False)
-        if clips and options.eta and not arguments.get("use_clipped_model_output"):
-            raise UnsupportedPipelineError(
-                f"the scheduler clips the estimate of x0, of which DDIM's step with eta {options.eta} keeps the noise as it "
-                "was: no table has that; allowed are use_clipped_model_output=True in the call, clip_sample=False in the "
-                "scheduler's configuration, or no eta"
-            )
 
     def _copies(self) -> int:
         """How often the samples are in the latents: the class-conditional DiT's guidance doubles them before the loop."""
